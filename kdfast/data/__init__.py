@@ -1,0 +1,29 @@
+"""Image sets, pipelines and batches; every sample carries its dataset index."""
+
+from kdfast.data.loader import Batch, BatchPlan, Loader, Portion
+from kdfast.data.sources import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageData,
+    Source,
+    dataset_names,
+    open_data,
+)
+from kdfast.data.transforms import Augmentation, eval_transform, to_float, train_transform
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Augmentation",
+    "Batch",
+    "BatchPlan",
+    "ImageData",
+    "Loader",
+    "Portion",
+    "Source",
+    "dataset_names",
+    "eval_transform",
+    "open_data",
+    "to_float",
+    "train_transform",
+]

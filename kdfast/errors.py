@@ -1,0 +1,32 @@
+"""The two errors a user can cause, and the "did you mean" line they carry.
+
+Scripts print the message as one line and exit with `exit_code`; anything else is a bug and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something outside kdfast is wrong: a file, a checkpoint, the disk, a diverging loss."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """The request itself is wrong: an unknown name, flags that contradict each other."""
+
+    exit_code = 2
+
+
+def unknown(kind: str, name: str, choices: Iterable[str], *, limit: int = 3) -> UsageError:
+    """A `UsageError` for an unknown `name` that lists the closest of `choices`."""
+    choices = sorted(set(choices))
+    close = difflib.get_close_matches(name, choices, n=limit, cutoff=0.5)
+    if not close and len(choices) <= 12:
+        close = choices
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
+    return UsageError(f"unknown {kind} '{name}'{hint}")

@@ -1,0 +1,19 @@
+"""Distillation methods, one file each; a file put into this folder is found by itself."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from kdfast.methods.base import (
+    Method,
+    Option,
+    Outputs,
+    Pairing,
+    find_method,
+    method,
+    method_names,
+)
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Method", "Option", "Outputs", "Pairing", "find_method", "method", "method_names"]

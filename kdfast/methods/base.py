@@ -1,0 +1,136 @@
+"""What a distillation method is: a loss term between a student's and a teacher's outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from kdfast.errors import UsageError, unknown
+
+
+@dataclass(frozen=True)
+class Option:
+    """A number or word of a method that the user may set: flag, help and recipe key come from it.
+
+    `flag` defaults to `--METHOD-NAME`; `positive` refuses values up to 0.
+    """
+
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    flag: str | None = None
+    positive: bool = False
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """One network's answer to a batch of B images.
+
+    `logits` [B, C]; `features` the tapped layers the method asked for, shallow to deep.
+    """
+
+    logits: torch.Tensor
+    features: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What a method may know before training: tapped layers, their shapes, and the classes.
+
+    Shapes include the batch dimension. Layer i of the student is paired with layer i of the
+    teacher.
+    """
+
+    student_layers: tuple[str, ...]
+    teacher_layers: tuple[str, ...]
+    student_shapes: tuple[torch.Size, ...]
+    teacher_shapes: tuple[torch.Size, ...]
+    classes: int
+
+
+class Method(nn.Module):
+    """Base of all methods; subclasses are decorated with `@method` and define `forward`.
+
+    Class attributes:
+        weight_flag: `alpha` or `beta`, the flag that holds the term's weight.
+        default_weight: that weight when neither flag nor recipe gives one.
+        gamma: weight of cross-entropy when this method is used and nobody gives one; None leaves
+            the general rule (1, or 1 - alpha beside `kd`).
+    """
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    weight_flag: ClassVar[str] = "beta"
+    default_weight: ClassVar[float] = 1.0
+    gamma: ClassVar[float | None] = None
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        for key, option in self.options().items():
+            value = options.pop(key, option.default)
+            if option.choices and value not in option.choices:
+                raise unknown(f"value of {self.name} {key}", str(value), option.choices)
+            if option.positive and not value > 0:
+                raise UsageError(f"method {self.name}: {key} must be above 0, got {value}")
+            setattr(self, key, value)
+        if options:
+            raise unknown(f"option of method {self.name}", next(iter(options)), self.options())
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """The class's `Option` attributes by name."""
+        found = {}
+        for owner in reversed(cls.__mro__):
+            found |= {k: v for k, v in vars(owner).items() if isinstance(v, Option)}
+        return found
+
+    def taps(self) -> str:
+        """Which layers the method watches: `none`, `stages`, `stem+stages` or `penultimate`."""
+        return "none"
+
+    def setup(self, pairing: Pairing) -> None:
+        """Check that the method applies to this pair and create what it trains.
+
+        Raises `UsageError`, with the reason and an alternative, when it does not apply.
+        """
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:
+        """The term: a float32 scalar, mean over the batch. Runs outside autocast."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+def method(name: str, *, aliases: tuple[str, ...] = ()):
+    """Class decorator that makes a `Method` known under `name` to flags, recipes and tests."""
+
+    def register(cls: type[Method]) -> type[Method]:
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise TypeError(f"@method('{name}') needs a subclass of kdfast.methods.Method")
+        if not cls.__doc__:
+            raise TypeError(f"method '{name}' needs a docstring: its first line is the help text")
+        for key in (name, *aliases):
+            if key in _METHODS and _METHODS[key].__qualname__ != cls.__qualname__:
+                raise UsageError(f"two methods are called '{key}'")
+        cls.name, cls.aliases = name, aliases
+        for key in (name, *aliases):
+            _METHODS[key] = cls
+        return cls
+
+    return register
+
+
+def method_names() -> list[str]:
+    """The registered names without aliases."""
+    return sorted({cls.name for cls in _METHODS.values()})
+
+
+def find_method(name: str) -> type[Method]:
+    """The class registered under `name` or an alias; raises `UsageError` with the closest."""
+    if name not in _METHODS:
+        raise unknown("method", name, _METHODS)
+    return _METHODS[name]

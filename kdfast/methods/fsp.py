@@ -1,0 +1,60 @@
+"""Flow of solution procedure."""
+
+from itertools import pairwise
+
+import torch
+from torch.nn import functional as F
+
+from kdfast.errors import UsageError
+from kdfast.methods.base import Method, Option, Outputs, Pairing, method
+
+
+def fsp_matrix(first: torch.Tensor, second: torch.Tensor, pool: str = "avg") -> torch.Tensor:
+    """G[b, i, j] = (1 / (h * w)) * sum_xy F1[b, i, x, y] * F2[b, j, x, y].
+
+    `first` [B, M, H, W] is pooled (`pool` avg or max) to the size of `second` [B, N, h, w].
+    Returns [B, M, N], float32 (float64 for float64). Yim et al., CVPR 2017, eq. 1.
+    """
+    first, second = (f if f.dtype == torch.float64 else f.float() for f in (first, second))
+    size = second.shape[-2:]
+    if first.shape[-2:] != size:
+        reduce = F.adaptive_avg_pool2d if pool == "avg" else F.adaptive_max_pool2d
+        first = reduce(first, size)
+    return first.flatten(2) @ second.flatten(2).mT / size.numel()
+
+
+@method("fsp")
+class FlowOfSolution(Method):
+    """Flow of solution procedure: match how features change between layers.
+
+    The Gram matrix of every two consecutive feature maps (stem after its ReLU first) is compared;
+    the term is the sum over pairs of mean over (b, i, j) of (G_s - G_t)^2. One-stage form.
+
+    Source: Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation", CVPR 2017, eq. 1 and 2. The
+    paper pools by maximum, the public code bases by average.
+    """
+
+    pool = Option("avg", "how a larger map is brought to the next one's size", ("avg", "max"))
+
+    def taps(self) -> str:
+        return "stem+stages"
+
+    def setup(self, pairing: Pairing) -> None:
+        if len(pairing.student_layers) < 2:
+            raise UsageError("method fsp needs at least two layers; give more --student-layers")
+        shapes = zip(pairing.student_shapes, pairing.teacher_shapes, strict=True)
+        for i, (student, teacher) in enumerate(shapes):
+            if student[1] != teacher[1]:
+                raise UsageError(
+                    f"method fsp needs equal channels, but student layer "
+                    f"{pairing.student_layers[i]} has {student[1]} and teacher layer "
+                    f"{pairing.teacher_layers[i]} has {teacher[1]}; use method at, or choose "
+                    "--student-layers and --teacher-layers that match"
+                )
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:
+        grams = (
+            [fsp_matrix(a, b, self.pool) for a, b in pairwise(net.features)]
+            for net in (student, teacher)
+        )
+        return sum(F.mse_loss(s, t) for s, t in zip(*grams, strict=True))

@@ -1,0 +1,45 @@
+"""Accuracy over a whole split, every image once, on however many processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+
+from kdfast.data import Loader
+
+
+@torch.no_grad()
+def evaluate(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    loader: Loader,
+    accelerator: Accelerator,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, float]:
+    """Mean cross-entropy, top-1 and top-5 in percent (top-C below five classes).
+
+    `network` maps prepared images [B, 3, H, W] to logits [B, C]; sums stay on the device until the
+    end and are added over processes.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    for batch in loader.epoch(0):
+        if not batch.portion.count:
+            continue
+        labels = batch.labels.to(accelerator.device, non_blocking=True)
+        with accelerator.autocast():
+            logits = network(prepare(batch.images))
+        logits = logits.float()
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        sums += torch.stack(
+            [
+                loss.sum(dtype=torch.float64),
+                ranked[:, 0].sum(),
+                ranked.sum(),
+                torch.full((), len(labels), device=labels.device),
+            ]
+        )
+    loss, top1, top5, count = accelerator.reduce(sums, "sum").tolist()
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}

@@ -1,0 +1,227 @@
+"""The total loss: gamma * cross-entropy + the sum over methods of weight * term."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kdfast.errors import UsageError, unknown
+from kdfast.methods import Method, Outputs, Pairing, find_method
+from kdfast.models import Taps, default_stages, pair_stages, penultimate
+
+
+@dataclass
+class Choice:
+    """The methods of a run with their options and weights, and the weight of cross-entropy."""
+
+    methods: dict[str, dict[str, Any]]
+    weights: dict[str, float]
+    gamma: float
+
+    def as_yaml(self) -> dict[str, Any]:
+        """The `method`, `methods` and `gamma` keys that give this choice again."""
+        named = {
+            name: {find_method(name).weight_flag: self.weights[name], **options}
+            for name, options in self.methods.items()
+        }
+        return {"method": list(named) or ["none"], "methods": named, "gamma": self.gamma}
+
+
+def choose_methods(options: argparse.Namespace) -> Choice:
+    """Resolve methods, options and weights: class defaults, recipe, config, then flags.
+
+    In a file's `methods`, a key `at+kd` holds for exactly that combination and may give `alpha`,
+    `beta`, `gamma`; `refuse` is the reason for which a recipe cannot serve a method.
+    """
+    words: list[str] = []
+    for word in options.method or ["none"]:
+        words += {"none": [], "base": [], "at_st": ["at", "kd"]}.get(word, [word])
+    names = list(dict.fromkeys(find_method(word).name for word in words))
+    weights = {name: find_method(name).default_weight for name in names}
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
+    gamma = None
+    for layer in options.layers_of_methods:
+        found: dict[frozenset, dict] = {}
+        for key, entry in layer.items():
+            found[frozenset(find_method(part).name for part in key.split("+"))] = dict(entry)
+        for name in names:
+            entry = found.get(frozenset([name]), {})
+            if "refuse" in entry:
+                raise UsageError(entry["refuse"])
+            own_gamma = entry.pop("gamma", None)
+            if len(names) == 1 and own_gamma is not None:
+                gamma = float(own_gamma)
+            weights[name] = float(entry.pop(find_method(name).weight_flag, weights[name]))
+            chosen[name] |= entry
+        if len(names) > 1:
+            entry = found.get(frozenset(names), {})
+            gamma = float(entry.pop("gamma")) if "gamma" in entry else gamma
+            for name in names:
+                weights[name] = float(entry.get(find_method(name).weight_flag, weights[name]))
+            for key in entry.keys() - {"alpha", "beta"}:
+                raise unknown("key of a combination of methods", key, ["alpha", "beta", "gamma"])
+    for dest, value in vars(options).items():
+        name, dot, key = dest.partition(".")
+        if not dot or dest not in options.given:
+            continue
+        if name not in chosen:
+            raise UsageError(f"--{name}-{key} is given, but method {name} is not used")
+        chosen[name][key] = value
+    _apply_weight_flags(options, weights)
+    if options.gamma is not None:
+        gamma = options.gamma
+    if gamma is None:
+        own = [cls.gamma for cls in map(find_method, names) if cls.gamma is not None]
+        gamma = own[0] if own else 1 - weights["kd"] if "kd" in names else 1.0
+    if gamma < 0:
+        raise UsageError(f"--alpha {weights['kd']} makes gamma negative; give --gamma")
+    return Choice(chosen, weights, gamma)
+
+
+def _apply_weight_flags(options: argparse.Namespace, weights: dict[str, float]) -> None:
+    betas = [name for name in weights if find_method(name).weight_flag == "beta"]
+    if options.alpha is not None:
+        if "kd" not in weights:
+            raise UsageError("--alpha is the weight of kd, which is not used")
+        weights["kd"] = options.alpha
+    for text in options.beta or ():
+        name, equals, value = text.rpartition("=")
+        if not equals and len(betas) != 1:
+            names = f"--beta {betas[0]}=... {betas[1]}=..." if betas else "no method with a beta"
+            raise UsageError(f"--beta {text} does not say of which method: {names}")
+        name = find_method(name).name if equals else betas[0]
+        if name not in betas:
+            raise UsageError(f"--beta {text}: {name} is not used or has no beta")
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            raise UsageError(f"--beta {text}: '{value}' is not a number") from None
+
+
+@dataclass(frozen=True)
+class TapPlan:
+    """Which layers of both networks are tapped, and which positions each method reads."""
+
+    student_layers: list[str]
+    teacher_layers: list[str]
+    views: dict[str, tuple[list[int], list[int]]]
+
+
+def plan_taps(
+    methods: Sequence[Method],
+    student: nn.Module,
+    teacher: nn.Module,
+    student_layers: Sequence[str] | None = None,
+    teacher_layers: Sequence[str] | None = None,
+) -> TapPlan:
+    """Union of the layers that `methods` watch; the two lists override stages, pair by pair."""
+    if (student_layers is None) != (teacher_layers is None):
+        raise UsageError("--student-layers and --teacher-layers are given together or not at all")
+    if student_layers is not None and len(student_layers) != len(teacher_layers):
+        raise UsageError(
+            f"{len(student_layers)} --student-layers but {len(teacher_layers)} --teacher-layers"
+        )
+    ours: list[str] = []
+    theirs: list[str] = []
+    views = {}
+    for method in methods:
+        pairs = _pairs(method.taps(), student, teacher, student_layers, teacher_layers)
+        views[method.name] = (
+            [_position(ours, layer) for _, layer in pairs],
+            [_position(theirs, layer) for layer, _ in pairs],
+        )
+    return TapPlan(ours, theirs, views)
+
+
+def _position(layers: list[str], layer: str) -> int:
+    if layer not in layers:
+        layers.append(layer)
+    return layers.index(layer)
+
+
+def _pairs(taps: str, student, teacher, student_layers, teacher_layers) -> list[tuple[str, str]]:
+    if taps == "none":
+        return []
+    if taps == "penultimate":
+        return [(penultimate(teacher), penultimate(student))]
+    if student_layers is not None:
+        return list(zip(teacher_layers, student_layers, strict=True))
+    pairs = pair_stages(default_stages(teacher), default_stages(student))
+    if taps == "stem+stages":
+        stems = default_stages(teacher, stem=True)[0], default_stages(student, stem=True)[0]
+        pairs = [*([stems] if stems != pairs[0] else []), *pairs]
+    return pairs
+
+
+class Objective(nn.Module):
+    """Student and methods as one module, so that one wrapper (DDP, compile) holds all that trains.
+
+    `forward(images, labels, teacher_logits, teacher_features)` returns the total (float32 scalar),
+    the unweighted terms [len(term_names)] without gradient, and the student's logits [B, C].
+    """
+
+    def __init__(
+        self,
+        student: Taps,
+        methods: Sequence[Method] = (),
+        weights: dict[str, float] | None = None,
+        gamma: float = 1.0,
+        views: dict[str, tuple[list[int], list[int]]] | None = None,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__()
+        self.student = student
+        self.methods = nn.ModuleList(methods)
+        self.weights, self.gamma = dict(weights or {}), gamma
+        self.views, self.label_smoothing = dict(views or {}), label_smoothing
+        self.term_names = ["ce", *(method.name for method in methods)]
+
+    def setup(
+        self,
+        plan: TapPlan,
+        student_shapes: Sequence[torch.Size],
+        teacher_shapes: Sequence[torch.Size],
+        classes: int,
+    ) -> None:
+        """Let every method check its pair of networks and create what it trains."""
+        for method in self.methods:
+            ours, theirs = self.views[method.name]
+            method.setup(
+                Pairing(
+                    tuple(plan.student_layers[i] for i in ours),
+                    tuple(plan.teacher_layers[i] for i in theirs),
+                    tuple(student_shapes[i] for i in ours),
+                    tuple(teacher_shapes[i] for i in theirs),
+                    classes,
+                )
+            )
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        teacher_logits: torch.Tensor | None = None,
+        teacher_features: tuple[torch.Tensor, ...] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits, features = self.student(images)
+        # Losses accumulate in float32 whatever the networks ran in.
+        with torch.autocast(images.device.type, enabled=False):
+            logits = logits.float()
+            ce = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            total, terms = self.gamma * ce, [ce]
+            for method in self.methods:
+                ours, theirs = self.views[method.name]
+                term = method(
+                    Outputs(logits, tuple(features[i] for i in ours)),
+                    Outputs(teacher_logits.float(), tuple(teacher_features[i] for i in theirs)),
+                    labels,
+                )
+                total = total + self.weights[method.name] * term
+                terms.append(term)
+        return total, torch.stack([term.detach().float() for term in terms]), logits.detach()

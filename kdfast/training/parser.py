@@ -1,0 +1,178 @@
+"""Flags, YAML files and defaults merged into one set of options.
+
+Later wins: script defaults, recipe, `--config` file, flags on the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdfast.errors import UsageError, UserError, unknown
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises `UsageError` in one line and keeps defaults apart from given flags."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
+        self.fallbacks: dict[str, Any] = {}
+
+    def error(self, message: str) -> None:
+        raise UsageError(message)
+
+    def flag(self, group: Any, *names: str, default: Any = None, help: str, **kwargs: Any) -> None:
+        """Add a flag; its default is kept in `fallbacks`, so that a given flag can be told."""
+        if default not in (None, [], {}, False):
+            shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
+            help += f" (default: {shown})"
+        action = group.add_argument(*names, default=argparse.SUPPRESS, help=help, **kwargs)
+        self.fallbacks[action.dest] = default
+
+    def switch(self, group: Any, name: str, *, default: bool = False, help: str) -> None:
+        """Add `--name` and `--no-name`."""
+        self.flag(group, name, default=default, help=help, action=argparse.BooleanOptionalAction)
+
+    def actions(self) -> dict[str, argparse.Action]:
+        """Flags by key, the name used in YAML."""
+        return {a.dest.replace("_", "-"): a for a in self._actions if a.dest in self.fallbacks}
+
+    def given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The flags on the command line by dest; raises `UsageError` for what it does not know."""
+        known, rest = self.parse_known_args([_dashes(token) for token in argv])
+        if rest:
+            flags = [name for action in self._actions for name in action.option_strings]
+            if rest[0].startswith("-"):
+                raise unknown("flag", rest[0].split("=")[0], flags)
+            raise UsageError(f"unexpected argument '{rest[0]}'")
+        return vars(known)
+
+
+def _dashes(token: str) -> str:
+    if not token.startswith("--"):
+        return token
+    name, equals, value = token.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _convert(action: argparse.Action, value: Any, where: str) -> Any:
+    """A YAML value as the flag would have parsed it."""
+    key = f"{where}: {action.dest.replace('_', '-')}"
+    if value is None:
+        return None
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise UsageError(f"{key} must be true or false, got {value!r}")
+        return value
+    if isinstance(value, dict) and action.nargs in ("+", "*"):
+        value = [f"{name}={item}" for name, item in value.items()]
+    many = action.nargs in ("+", "*") or isinstance(action.nargs, int)
+    values = value if isinstance(value, list) else [value]
+    if not many and len(values) != 1:
+        raise UsageError(f"{key} takes one value, got {value!r}")
+    try:
+        values = [action.type(str(item)) if action.type else str(item) for item in values]
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise UsageError(f"{key}: invalid value {value!r} ({error})") from None
+    for item in values:
+        if action.choices and item not in action.choices:
+            raise unknown(f"value of {key}", str(item), map(str, action.choices))
+    return values if many else values[0]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; keys with dashes. Never runs what a file asks to construct."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must be a mapping of flag names to values")
+    return {str(key).replace("_", "-"): value for key, value in content.items()}
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with kdfast."""
+    files = resources.files("kdfast") / "recipes"
+    return sorted(file.name[:-5] for file in files.iterdir() if file.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """A recipe by name, or by path when it ends in .yaml; raises `UsageError` with the closest."""
+    if name.endswith((".yaml", ".yml")):
+        return read_yaml(Path(name))
+    if name not in recipe_names():
+        raise unknown("recipe", name, recipe_names())
+    return read_yaml(Path(str(resources.files("kdfast") / "recipes" / f"{name}.yaml")))
+
+
+def merge(
+    parser: Parser,
+    argv: Sequence[str],
+    *,
+    default_recipe: Callable[[str], str],
+    foreign: set[str],
+) -> argparse.Namespace:
+    """All options of a script.
+
+    `default_recipe(dataset)` names the recipe when none is given; keys of files that are in
+    `foreign` belong to other scripts and are passed over. Beside the flags the result has
+    `given` (dests set by config or command line) and `layers_of_methods`, the `methods` mappings
+    of recipe and config, weakest first.
+    """
+    flags = parser.given(argv)
+    config = read_yaml(Path(flags["config"])) if flags.get("config") else {}
+    dataset = flags.get("dataset") or config.get("dataset") or parser.fallbacks["dataset"]
+    name = flags.get("recipe") or config.get("recipe") or default_recipe(str(dataset))
+    recipe = read_recipe(str(name))
+    actions = parser.actions()
+    options = copy.deepcopy(parser.fallbacks)
+    given: set[str] = set()
+    methods: list[dict] = []
+    layers = ((f"recipe {name}", recipe, False), (str(flags.get("config")), config, True))
+    for where, content, chosen in layers:
+        content = dict(content)
+        layer = content.pop("methods", None) or {}
+        if not isinstance(layer, dict) or not all(isinstance(v, dict) for v in layer.values()):
+            raise UsageError(f"{where}: methods must map method names to their options")
+        methods.append(layer)
+        for key, value in content.items():
+            if key in actions and key not in ("config", "print-config", "plugin"):
+                options[actions[key].dest] = _convert(actions[key], value, where)
+                if chosen:
+                    given.add(actions[key].dest)
+            elif key not in foreign:
+                raise UsageError(f"{where}: {unknown('key', key, [*actions, *foreign])}")
+    options |= flags
+    options["recipe"] = str(name)
+    return argparse.Namespace(
+        **options, given=given | set(flags), layers_of_methods=methods
+    )
+
+
+def load_plugin(argv: Sequence[str]) -> None:
+    """Run the Python file given as `--plugin`, so that its methods get their flags.
+
+    Read from the command line only: a recipe or config must not be able to run code.
+    """
+    scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scout.add_argument("--plugin", action="append", default=[])
+    for path in map(Path, scout.parse_known_args([_dashes(token) for token in argv])[0].plugin):
+        if not path.is_file():
+            raise UsageError(f"no plugin file at {path}")
+        spec = importlib.util.spec_from_file_location(f"kdfast_plugin_{path.stem}", path)
+        try:
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        except (ImportError, SyntaxError, TypeError) as error:
+            raise UsageError(f"plugin {path}: {error}") from None

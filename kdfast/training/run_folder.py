@@ -1,0 +1,143 @@
+"""The run folder: one layout, written by the main process, whole at every moment."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+import kdfast
+from kdfast.errors import UsageError, UserError
+
+T = TypeVar("T")
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Run `action` on the main process; every process gets its result or raises its error."""
+    box: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            box[0] = action()
+        except UserError as error:
+            box[1] = error
+        except OSError as error:
+            box[1] = UserError(f"{error.filename or 'file'}: {error.strerror or error}")
+    if accelerator.num_processes > 1:
+        broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text`; a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class RunFolder:
+    """Paths and writers of one run.
+
+    An existing folder is refused unless it is to be resumed; all writers are for the main process
+    alone.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.summary = path / "summary.csv"
+        self.results = path / "results.json"
+
+    def check(self, *, resume: bool) -> None:
+        """Raise early what `create` would raise late; writes nothing."""
+        if self.path.exists() and not resume:
+            raise UsageError(
+                f"run folder {self.path} exists; add --resume auto to go on with it, give another "
+                "--experiment, or remove it"
+            )
+        place = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise UserError(f"cannot write run folder {self.path}; give another --output")
+
+    def create(self, *, resume: bool) -> None:
+        """Make the folder; raises as `check` does."""
+        self.check(resume=resume)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write run folder {self.path}: {error.strerror}; give another --output"
+            ) from None
+
+    def write_arguments(self, arguments: dict[str, Any]) -> None:
+        content = {"options": arguments, "environment": environment()}
+        write_atomic(self.path / "args.yaml", yaml.safe_dump(content, sort_keys=False))
+
+    def keep_rows(self, epochs: int) -> None:
+        """Cut the summary back to its first `epochs` epochs, as a resumed run needs it."""
+        if self.summary.exists():
+            lines = self.summary.read_text().splitlines(keepends=True)
+            write_atomic(self.summary, "".join(lines[: epochs + 1]))
+
+    def append_row(self, row: dict[str, Any]) -> None:
+        new = not self.summary.exists()
+        with self.summary.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        write_atomic(self.results, json.dumps(results, indent=2) + "\n")
+
+    def weights(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
+
+    def epoch_weights(self, epoch: int) -> Path:
+        folder = self.path / "weights"
+        folder.mkdir(exist_ok=True)
+        return folder / f"epoch-{epoch:04d}.safetensors"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and device that made a run."""
+    import accelerate
+    import timm
+    import torchvision
+
+    root = Path(kdfast.__file__).parent.parent
+    commit = None
+    if (root / ".git").exists():
+        asked = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+        )
+        commit = asked.stdout.strip() or None
+    gpu = torch.cuda.is_available()
+    return {
+        "kdfast": kdfast.__version__,
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+        "ops": kdfast.ops.active(),
+    }

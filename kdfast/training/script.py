@@ -1,0 +1,46 @@
+"""What surrounds a script's `main`: one line for what a user can cause, an exit code, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+import torch
+
+from kdfast.errors import UserError
+
+
+def script(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str] | None], int]:
+    """Turn `main(argv)` into an entry point that returns the process's exit code.
+
+    2 for usage, 1 for whatever else the user can cause; anything unforeseen keeps its traceback.
+    """
+
+    @wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        name = os.path.basename(sys.modules[main.__module__].__file__ or "kdfast")
+        try:
+            main(sys.argv[1:] if argv is None else list(argv))
+        except UserError as error:
+            return _fail(name, str(error), error.exit_code)
+        except OSError as error:
+            return _fail(name, f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split(". ")[0]
+            return _fail(name, f"{reason}; lower --batch-size or raise --grad-accum-steps", 1)
+        except KeyboardInterrupt:
+            return _fail(name, "stopped", 130)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        return 0
+
+    return run
+
+
+def _fail(name: str, message: str, code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    where = name if rank == "0" else f"{name} (process {rank})"
+    print(f"{where}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,235 @@
+"""From options to the things a training run is made of."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from timm.data import resolve_data_config
+from torch import nn
+
+from kdfast import ops
+from kdfast.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Augmentation,
+    BatchPlan,
+    ImageData,
+    Loader,
+    eval_transform,
+    open_data,
+    to_float,
+    train_transform,
+)
+from kdfast.errors import UsageError, UserError
+from kdfast.models import architecture, create_model, fixed_input_size, input_size, load_weights
+from kdfast.seeding import derive_seed
+from kdfast.training.options import batch_size
+
+
+def start(options: argparse.Namespace, *, all_parameters_used: bool = True) -> Accelerator:
+    """The accelerator of this process: GPU where there is one, else CPU, one process or many."""
+    gpu = torch.cuda.is_available()
+    precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp16" and not gpu:
+        raise UsageError("--mixed-precision fp16 needs a GPU; use bf16 on a CPU")
+    if options.ops:
+        try:
+            ops.use(options.ops)
+        except RuntimeError as error:
+            raise UserError(str(error)) from None
+    wrapper = DistributedDataParallelKwargs(
+        find_unused_parameters=not all_parameters_used, gradient_as_bucket_view=True
+    )
+    return Accelerator(cpu=not gpu, mixed_precision=precision, kwargs_handlers=[wrapper])
+
+
+def load_data(options: argparse.Namespace) -> ImageData:
+    return open_data(
+        options.dataset,
+        options.data_dir,
+        download=options.download,
+        train_split=options.train_split,
+        eval_split=options.val_split,
+        classes=options.num_classes,
+    )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a network is fed: height and width in pixels, mean and std per channel in [0, 1]."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def choose_inputs(options: argparse.Namespace, data: ImageData, model: nn.Module) -> Inputs:
+    """Flags first, then the set's own size and figures, then what the model was built for."""
+    config = resolve_data_config(model=model) if hasattr(model, "pretrained_cfg") else {}
+    side = data.image_size
+    if options.img_size:
+        size = (options.img_size, options.img_size)
+    elif side is None or fixed_input_size(model):
+        size = tuple(input_size(model)[1:])
+    else:
+        size = (side, side)
+    if fixed_input_size(model) and size != tuple(input_size(model)[1:]):
+        raise UsageError(
+            f"{architecture(model)} takes {input_size(model)[1]} pixel images, not {size[0]}"
+        )
+    pretrained = options.pretrained or options.initial_checkpoint
+    own = data.mean is not None and not pretrained
+    mean = options.mean or (data.mean if own else config.get("mean", IMAGENET_MEAN))
+    std = options.std or (data.std if own else config.get("std", IMAGENET_STD))
+    if min(std) <= 0:
+        raise UsageError(f"--std must be above 0, got {' '.join(map(str, std))}")
+    return Inputs(size, tuple(mean), tuple(std))
+
+
+def build_model(options: argparse.Namespace, classes: int, *, seed_name: str) -> nn.Module:
+    """The network to train, its weights drawn from (seed, `seed_name`) alone."""
+    torch.manual_seed(derive_seed(options.seed, seed_name))
+    model = create_model(
+        options.model,
+        classes,
+        pretrained=options.pretrained,
+        img_size=options.img_size,
+        **options.model_kwargs,
+    )
+    if options.initial_checkpoint:
+        load_weights(model, weights_path(options.initial_checkpoint))
+    return model
+
+
+def weights_path(path: str | Path) -> Path:
+    """A weights file, or the best weights of a run folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    best = path / "best.safetensors"
+    if not best.exists():
+        raise UserError(f"{path} has no best.safetensors; give a finished run folder or a file")
+    return best
+
+
+def make_loaders(
+    options: argparse.Namespace, data: ImageData, inputs: Inputs, accelerator: Accelerator
+) -> tuple[Loader, Loader]:
+    """Training and evaluation batches of this process."""
+    native = data.image_size
+    held_out = eval_transform(inputs.size, options.crop_pct, options.interpolation, native)
+    small = native is not None and inputs.size == (native, native)
+    augmentation = Augmentation(
+        crop=options.train_crop_mode or ("pad" if small else "rrc" if native is None else "none"),
+        padding=options.crop_padding,
+        padding_mode={"zeros": "constant"}.get(options.padding_mode, options.padding_mode),
+        hflip=options.hflip if options.hflip is not None else 0.5 * data.flip,
+        scale=tuple(options.scale),
+        ratio=tuple(options.ratio),
+        color_jitter=options.color_jitter,
+        auto_augment=options.aa,
+    )
+    training = (
+        held_out
+        if options.no_aug
+        else train_transform(inputs.size, augmentation, options.interpolation, native)
+    )
+    gpu = accelerator.device.type == "cuda"
+    workers = options.workers
+    if workers is None:
+        idle = data.in_memory and not gpu
+        workers = 0 if idle else min(4, max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    place = {"processes": accelerator.num_processes, "rank": accelerator.process_index}
+    size = batch_size(options, accelerator.num_processes)
+    train_plan = BatchPlan(
+        len(data.train),
+        size,
+        accumulation=options.grad_accum_steps,
+        seed=options.seed,
+        shuffle=True,
+        drop_last=options.drop_last,
+        **place,
+    )
+    if train_plan.global_batch > len(data.train):
+        raise UsageError(
+            f"global batch {train_plan.global_batch} is larger than the {len(data.train)} training "
+            f"images of {data.name}; lower --batch-size"
+        )
+    eval_plan = BatchPlan(len(data.eval), size, drop_last=options.eval_drop_last, **place)
+    if eval_plan.steps == 0:
+        raise UsageError("--eval-drop-last leaves no evaluation batch; lower --batch-size")
+    common = {"classes": data.classes, "workers": workers, "pin_memory": gpu}
+    return (
+        Loader(data.train, training, train_plan, **common),
+        Loader(data.eval, held_out, eval_plan, **common),
+    )
+
+
+def preparer(
+    inputs: Inputs, accelerator: Accelerator, *, channels_last: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """uint8 [N, 3, H, W] on the host to normalised float32 on the device."""
+    mean, std = (
+        torch.tensor(values, device=accelerator.device).view(1, 3, 1, 1)
+        for values in (inputs.mean, inputs.std)
+    )
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def prepare(images: torch.Tensor) -> torch.Tensor:
+        images = images.to(accelerator.device, non_blocking=True)
+        return to_float(images, mean, std).contiguous(memory_format=layout)
+
+    return prepare
+
+
+def metadata(
+    model: nn.Module, kwargs: dict, data: ImageData, inputs: Inputs, parent: str | None
+) -> dict[str, Any]:
+    """What a weights file says about itself; `parent` is the checksum of the teacher's weights."""
+    return {
+        "architecture": architecture(model),
+        "model_kwargs": kwargs,
+        "classes": data.classes,
+        "dataset": data.name,
+        "input_size": [3, *inputs.size],
+        "mean": list(inputs.mean),
+        "std": list(inputs.std),
+        "parent": parent,
+    }
+
+
+def count_operations(model: nn.Module, size: tuple[int, int]) -> int:
+    """Floating-point operations of one image's forward pass, a multiply-add counted as two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training = model.training
+    parameter = next(model.parameters())
+    image = torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    model.train(training)
+    return counter.get_total_flops()
+
+
+def plain(options: argparse.Namespace, **resolved: Any) -> dict[str, Any]:
+    """The options as YAML would give them again: flag names, plain values, resolved methods."""
+    hidden = {"given", "layers_of_methods", "print_config", "config", "plugin"}
+    replaced = {"method", "alpha", "beta", "gamma"} if "methods" in resolved else set()
+    content = {
+        key.replace("_", "-"): dict(value) if isinstance(value, dict) else value
+        for key, value in sorted(vars(options).items())
+        if key not in hidden | replaced and "." not in key and value is not None
+    }
+    return content | resolved
+
+
+def print_config(options: argparse.Namespace, **resolved: Any) -> None:
+    print(yaml.safe_dump(plain(options, **resolved), sort_keys=False), end="")

@@ -1,0 +1,45 @@
+"""A network that teaches: frozen, in evaluation mode, never in optimizer or checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kdfast.models import InputAdapter, Taps
+
+
+class Teacher:
+    """Answers student-side images with logits [B, C] and tapped features, without gradient.
+
+    `adapter` brings images from the student's normalisation and size to the teacher's.
+    `bn="batch"` normalises with batch statistics and lets the running ones drift, as one published
+    loop did by leaving the teacher in training mode.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str], adapter: InputAdapter, bn: str = "running"
+    ):
+        self.model = model.requires_grad_(False).eval()
+        self.taps, self.adapter = Taps(model, layers), adapter
+        if bn == "batch":
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.train()
+        self.answer = self._answer
+
+    def compile(self) -> None:
+        self.answer = torch.compile(self._answer)
+
+    def calibrate(self, images: torch.Tensor) -> list[torch.Size]:
+        """Shapes of the tapped features; finds which taps need a copy."""
+        return self.taps.calibrate(self.adapter(images))
+
+    def _answer(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        return self.taps(self.adapter(images))
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        return self.answer(images)

@@ -1,0 +1,31 @@
+"""What a script says at its end, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdfast.training.objective import Choice
+
+
+def comparison(
+    teacher: str,
+    student: str,
+    taught: dict[str, float],
+    baseline: dict[str, Any] | None,
+    results: dict[str, Any],
+    choice: Choice,
+) -> str:
+    """A table of top-1: teacher, student alone where it was trained, distilled student."""
+    rows = [("teacher", teacher, taught["top1"], None)]
+    if baseline:
+        rows.append(("alone", student, baseline["last"]["top1"], baseline["best"]["top1"]))
+    name = "+".join(choice.methods) or "no method"
+    rows.append((name, student, results["last"]["top1"], results["best"]["top1"]))
+    lines = [f"{'':12} {'network':24} {'last':>6} {'best':>6}"]
+    for kind, network, last, best in rows:
+        shown = f"{best:6.2f}" if best is not None else f"{'':>6}"
+        lines.append(f"{kind:12} {network:24} {last:6.2f} {shown}")
+    if baseline:
+        gain = results["last"]["top1"] - baseline["last"]["top1"]
+        lines.append(f"{'gain':12} {'':24} {gain:+6.2f}")
+    return "\n".join(lines)

@@ -1,0 +1,229 @@
+#!/usr/bin/env python
+"""Distil a teacher into a student: any timm pair, any combination of methods.
+
+    python train/distill.py                             digits: teacher, student, student alone
+    accelerate launch train/distill.py --dataset cifar100 --data-dir DIR --recipe crd \\
+        --teacher cifar_resnet110 --teacher-checkpoint RUN --student cifar_resnet20 --method kd at
+    torchrun --nproc_per_node 8 train/distill.py --dataset folder --data-dir DIR \\
+        --teacher vit_base_patch16_224 --teacher-pretrained --student resnet18 --method kd --amp
+
+The story: load or, on digits, train the teacher; freeze it; pair layers; train the student on
+gamma * cross-entropy + the sum of weight * term; on digits, train the same student alone; compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from kdfast.data import ImageData
+from kdfast.errors import UsageError
+from kdfast.methods import find_method
+from kdfast.models import InputAdapter, Taps, checksum, create_model, load_weights, read_weights
+from kdfast.training.classifier import describe, fingerprint, train_classifier
+from kdfast.training.evaluate import evaluate
+from kdfast.training.loop import Trainer
+from kdfast.training.objective import Choice, Objective, choose_methods, plan_taps
+from kdfast.training.options import (
+    data_flags,
+    distill_flags,
+    model_flags,
+    parse,
+    run_flags,
+    training_flags,
+)
+from kdfast.training.parser import Parser, load_plugin
+from kdfast.training.run_folder import RunFolder, on_main
+from kdfast.training.script import script
+from kdfast.training.setup import (
+    Inputs,
+    build_model,
+    choose_inputs,
+    load_data,
+    make_loaders,
+    metadata,
+    plain,
+    preparer,
+    print_config,
+    start,
+    weights_path,
+)
+from kdfast.training.teacher import Teacher
+from kdfast.training.tell import comparison
+
+
+@script
+def main(argv: Sequence[str]) -> None:
+    load_plugin(argv)
+    parser = Parser(prog="train/distill.py", description=__doc__)
+    data_flags(parser)
+    distill_flags(parser)
+    model_flags(parser, student=True)
+    training_flags(parser)
+    run_flags(parser)
+    options = parse(parser, argv)
+    choice = choose_methods(options)
+    if options.print_config:
+        print_config(options, **choice.as_yaml())
+        return
+    if options.baseline is None:
+        options.baseline = options.dataset == "digits"
+    if options.teacher_checkpoint is None and not options.teacher_pretrained:
+        require_digits(options)
+
+    accelerator = start(options, all_parameters_used=choice.gamma > 0 or "kd" in choice.methods)
+    data = load_data(options)
+    student = build_model(options, data.classes, seed_name="student")
+    inputs = choose_inputs(options, data, student)
+    run = run_folder(options, choice, data)
+    resume = options.resume is not None
+    on_main(accelerator, lambda: run.check(resume=resume))
+    train, held_out = make_loaders(options, data, inputs, accelerator)
+    alone = copy.deepcopy(student) if options.baseline else None
+
+    say = accelerator.print
+    model, teacher_inputs = load_teacher(options, accelerator, data, inputs)
+    methods = [find_method(name)(**chosen) for name, chosen in choice.methods.items()]
+    plan = plan_taps(methods, student, model, options.student_layers, options.teacher_layers)
+    adapter = InputAdapter(
+        inputs.mean, inputs.std, teacher_inputs.mean, teacher_inputs.std, teacher_inputs.size
+    )
+    adapter, model = adapter.to(accelerator.device), model.to(accelerator.device)
+    teacher = Teacher(model, plan.teacher_layers, adapter, bn=options.teacher_bn)
+    taps = Taps(student.to(accelerator.device), plan.student_layers)
+    objective = Objective(
+        taps, methods, choice.weights, choice.gamma, plan.views, options.smoothing
+    )
+    prepare = preparer(inputs, accelerator, channels_last=options.channels_last)
+    example = prepare(next(iter(held_out.epoch(0))).images[:2])
+    objective.setup(plan, taps.calibrate(example), teacher.calibrate(example), data.classes)
+    if options.torchcompile:
+        teacher.compile()
+    say(f"teacher {options.teacher} -> student {options.model} on {data.name}, into {run.path}")
+    say(f"loss = {describe_loss(choice)}")
+    for method in methods:
+        ours, theirs = plan.views[method.name]
+        pairs = (f"{plan.teacher_layers[j]} -> {plan.student_layers[i]}" for i, j in zip(ours, theirs))
+        if ours:
+            say(f"{method.name}: {', '.join(pairs)}")
+
+    parent = checksum(model.state_dict())
+    taught = evaluate(lambda x: teacher(x)[0], held_out, accelerator, prepare)
+    say(f"teacher top1 {taught['top1']:.2f}")
+    trainer = Trainer(
+        accelerator,
+        objective,
+        train,
+        held_out,
+        prepare,
+        run,
+        options,
+        metadata(student, options.model_kwargs, data, inputs, parent),
+        teacher=teacher,
+        resume=resume,
+    )
+    arguments = plain(options, **choice.as_yaml()) | {"teacher-checksum": parent}
+    on_main(accelerator, lambda: run.create(resume=resume))
+    on_main(accelerator, lambda: run.write_arguments(arguments))
+    scores = trainer.fit()
+
+    baseline = None
+    if alone is not None:
+        say("student alone, from the same initial weights")
+        aside = RunFolder(run.path / "baseline")
+        baseline = train_classifier(
+            options, accelerator, data, alone, inputs, aside, resume=aside.path.exists()
+        )
+    results = describe(
+        run, options, accelerator, train.plan.global_batch, student, inputs, scores,
+        teacher_top1=taught["top1"],
+        baseline_top1=baseline and baseline["last"]["top1"],
+    )  # fmt: skip
+    on_main(accelerator, lambda: run.write_results(results))
+    say(comparison(options.teacher, options.model, taught, baseline, results, choice))
+    say(json.dumps(results))
+
+
+def require_digits(options: argparse.Namespace) -> None:
+    if options.dataset != "digits":
+        raise UsageError(
+            f"no teacher for {options.dataset}: train one with train/classifier.py --dataset "
+            f"{options.dataset} --model {options.teacher} and give its run folder as "
+            "--teacher-checkpoint, or use --teacher-pretrained"
+        )
+
+
+def run_folder(options: argparse.Namespace, choice: Choice, data: ImageData) -> RunFolder:
+    if options.resume not in (None, "auto"):
+        return RunFolder(Path(options.resume))
+    parts = [data.name, "+".join(choice.methods) or "none", options.teacher, options.model]
+    name = "-".join(["distill", *parts, f"s{options.seed}"]).replace("/", "_").replace(":", ".")
+    return RunFolder(Path(options.output) / (options.experiment or name))
+
+
+def load_teacher(
+    options: argparse.Namespace, accelerator: Accelerator, data: ImageData, inputs: Inputs
+) -> tuple[Any, Inputs]:
+    """The teacher's network and what it is fed, from its checkpoint where that tells."""
+    known: dict[str, Any] = {}
+    path = None
+    if options.teacher_checkpoint:
+        path = weights_path(options.teacher_checkpoint)
+        known = read_weights(path)[1]
+    elif not options.teacher_pretrained:
+        path = train_teacher(options, accelerator, data)
+        known = read_weights(path)[1]
+    kwargs = options.teacher_kwargs
+    kwargs = dict(kwargs) if kwargs is not None else known.get("model_kwargs") or {}
+    model = create_model(
+        options.teacher, data.classes, pretrained=options.teacher_pretrained, **kwargs
+    )
+    if path is not None:
+        load_weights(model, path)
+    same = argparse.Namespace(**vars(options))
+    same.pretrained, same.initial_checkpoint = options.teacher_pretrained, None
+    fed = choose_inputs(same, data, model)
+    if "mean" in known:
+        fed = Inputs(tuple(known["input_size"][1:]), tuple(known["mean"]), tuple(known["std"]))
+    return model, fed
+
+
+def train_teacher(
+    options: argparse.Namespace, accelerator: Accelerator, data: ImageData
+) -> Path:
+    """Train the digits teacher, or take the one that the same options gave before."""
+    own = copy.deepcopy(options)
+    own.model, own.model_kwargs = options.teacher, dict(options.teacher_kwargs or ())
+    own.epochs, own.save_epochs = options.teacher_epochs, []
+    own.pretrained, own.initial_checkpoint, own.img_size = False, None, None
+    scratch = Parser()
+    data_flags(scratch)
+    model_flags(scratch, student=False)
+    training_flags(scratch)
+    key = fingerprint(own, set(scratch.actions()) | {"seed"})
+    run = RunFolder(Path(options.output) / "teachers" / f"digits-{options.teacher}-{key}")
+    if run.results.exists():
+        accelerator.print(f"teacher {options.teacher}: taken from {run.path}")
+        return weights_path(run.path)
+    accelerator.print(f"teacher {options.teacher}: training into {run.path}")
+    model = build_model(own, data.classes, seed_name="network")
+    fed = choose_inputs(own, data, model)
+    train_classifier(own, accelerator, data, model, fed, run, resume=run.path.exists())
+    return weights_path(run.path)
+
+
+def describe_loss(choice: Choice) -> str:
+    terms = [f"{choice.gamma:.4g} * ce"]
+    terms += [f"{choice.weights[name]:.4g} * {name}" for name in choice.methods]
+    return " + ".join(terms)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
