@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -121,6 +121,22 @@ class TimmSource:
 
     def describe(self, index: int) -> str:
         return f"{self.name} image {index}"
+
+
+class FirstOf:
+    """The first `count` images of a source, for trials."""
+
+    def __init__(self, source: Source, count: int):
+        self.source, self.count = source, count
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.source))
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return self.source.read(index)
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index)
 
 
 def _digits(data_dir: Path | None, download: bool, splits: tuple[str, str]) -> ImageData:
@@ -295,8 +311,12 @@ def open_data(
     train_split: str | None = None,
     eval_split: str | None = None,
     classes: int | None = None,
+    train_limit: int | None = None,
+    eval_limit: int | None = None,
 ) -> ImageData:
     """Open image set `name`: one of `dataset_names()` or a name of `timm.data.create_dataset`.
+
+    The limits keep the first images of a split only.
 
     Raises `UsageError` for an unknown name or a set without a class count, `UserError` when files
     are missing or damaged.
@@ -315,4 +335,6 @@ def open_data(
     for split, source in (("training", data.train), ("evaluation", data.eval)):
         if len(source) == 0:
             raise UserError(f"the {split} split of {name} is empty")
-    return data
+    limits = {"train": train_limit, "eval": eval_limit}
+    limited = {k: FirstOf(getattr(data, k), count) for k, count in limits.items() if count}
+    return replace(data, **limited)

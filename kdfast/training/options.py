@@ -57,6 +57,8 @@ def data_flags(parser: Parser) -> None:
     parser.switch(group, "--download", help="fetch the set first where the library can")
     flag(group, "--train-split", help="name of the training split")
     flag(group, "--val-split", help="name of the evaluation split")
+    flag(group, "--train-limit", type=positive, metavar="N", help="train on the first N images only")
+    flag(group, "--eval-limit", type=positive, metavar="N", help="evaluate on the first N only")
     flag(group, "--num-classes", type=positive, help="class count of a set that does not say")
     flag(group, "--img-size", type=positive, help="side of the images fed to the network "
          "(default: the set's own or the network's)")

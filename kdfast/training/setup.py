@@ -59,6 +59,8 @@ def load_data(options: argparse.Namespace) -> ImageData:
         train_split=options.train_split,
         eval_split=options.val_split,
         classes=options.num_classes,
+        train_limit=options.train_limit,
+        eval_limit=options.eval_limit,
     )
 
 

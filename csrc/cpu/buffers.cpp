@@ -1,0 +1,83 @@
+#include "cpu/buffers.h"
+
+#include <cstdlib>
+#include <deque>
+#include <mutex>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace kdfast::cpu {
+namespace {
+
+constexpr size_t kAlignment = size_t(2) << 20;    // a huge page
+constexpr size_t kSmallest = size_t(8) << 20;     // bytes; smaller ones malloc keeps by itself
+constexpr size_t kMostKept = size_t(512) << 20;   // bytes of released buffers
+
+class Buffers {
+ public:
+  void* take(size_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (auto it = free_.rbegin(); it != free_.rend(); ++it) {
+        if (it->bytes != bytes) continue;
+        void* data = it->data;
+        free_.erase(std::next(it).base());
+        kept_ -= bytes;
+        return data;
+      }
+    }
+    void* data = nullptr;
+    KD_CHECK(posix_memalign(&data, kAlignment, bytes) == 0, "out of memory: ", bytes, " bytes");
+#if defined(__linux__)
+    madvise(data, bytes, MADV_HUGEPAGE);  // a hint; without it the first use is slower
+#endif
+    return data;
+  }
+
+  void give(void* data, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back({data, bytes});
+    kept_ += bytes;
+    while (kept_ > kMostKept) {
+      kept_ -= free_.front().bytes;
+      std::free(free_.front().data);
+      free_.pop_front();
+    }
+  }
+
+ private:
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  std::mutex mutex_;
+  std::deque<Block> free_;
+  size_t kept_ = 0;
+};
+
+// Never destroyed: tensors may be released after static objects are.
+Buffers& buffers() {
+  static auto* instance = new Buffers;
+  return *instance;
+}
+
+}  // namespace
+
+Tensor reused_gradient(const DenseFeature& feature) {
+  const Tensor& like = feature.tensor;
+  const int64_t n = like.size(0), c = like.size(1), h = like.size(2), w = like.size(3);
+  const size_t bytes = size_t(like.numel()) * like.element_size();
+  if (bytes < kSmallest) return empty_gradient(feature);
+
+  const std::vector<int64_t> sizes{n, c, h, w};
+  const std::vector<int64_t> strides = feature.view.channels_last
+                                           ? std::vector<int64_t>{c * h * w, 1, w * c, c}
+                                           : std::vector<int64_t>{c * h * w, h * w, w, 1};
+  void* data = buffers().take(bytes);
+  return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(),
+                                  [bytes](void* released) { buffers().give(released, bytes); });
+}
+
+}  // namespace kdfast::cpu

@@ -1,0 +1,15 @@
+// Large gradients without page faults.
+#pragma once
+
+#include "check.h"
+
+namespace kdfast::cpu {
+
+// `empty_gradient` on the CPU.
+//
+// malloc maps large blocks afresh at every call (always above 32 MB, often below), and the kernel
+// clears each page at its first write, which costs several times the gradient itself. Gradients of
+// 8 MB and more come from a list of released buffers instead, which keeps at most 512 MB.
+Tensor reused_gradient(const DenseFeature& feature);
+
+}  // namespace kdfast::cpu

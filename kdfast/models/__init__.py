@@ -1,0 +1,37 @@
+"""Models by name, their features, their parts and their weights."""
+
+from kdfast.models.factory import (
+    aliases,
+    architecture,
+    create_model,
+    fixed_input_size,
+    input_size,
+    resolve_name,
+)
+from kdfast.models.inputs import InputAdapter
+from kdfast.models.split import split_at
+from kdfast.models.stages import default_stages, pair_stages
+from kdfast.models.taps import Taps, classifier_name, find_layer, penultimate
+from kdfast.models.weights import checksum, load_weights, read_weights, save_weights, unwrap
+
+__all__ = [
+    "InputAdapter",
+    "Taps",
+    "aliases",
+    "architecture",
+    "checksum",
+    "classifier_name",
+    "create_model",
+    "default_stages",
+    "find_layer",
+    "fixed_input_size",
+    "input_size",
+    "load_weights",
+    "pair_stages",
+    "penultimate",
+    "read_weights",
+    "resolve_name",
+    "save_weights",
+    "split_at",
+    "unwrap",
+]

@@ -1,0 +1,10 @@
+"""Fused ops with plain-torch twins (`kdfast.ops.reference`), CPU and CUDA.
+
+`KDFAST_OPS=auto|fused|reference` or `use(...)` chooses the path, `active()` tells it.
+"""
+
+from kdfast.ops import reference
+from kdfast.ops._library import active, use
+from kdfast.ops.attention import attention_loss, attention_map
+
+__all__ = ["active", "attention_loss", "attention_map", "reference", "use"]

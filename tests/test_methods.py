@@ -1,0 +1,293 @@
+"""The distillation terms: numbers of the published formulas, and the total-loss rule."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kdfast.errors import UsageError
+from kdfast.methods import Method, Option, Outputs, Pairing, find_method, method, method_names
+from kdfast.methods.fsp import fsp_matrix
+from kdfast.models import Taps, create_model
+from kdfast.training.objective import Objective, choose_methods, plan_taps
+from kdfast.training.options import (
+    data_flags,
+    distill_flags,
+    model_flags,
+    parse,
+    run_flags,
+    training_flags,
+)
+from kdfast.training.parser import Parser
+
+LOG3 = math.log(3)
+
+
+def term(name, student, teacher, **options):
+    """The term of method `name` between two (logits, features) pairs."""
+    as_outputs = (Outputs(t if t is not None else torch.zeros(1, 2), f) for t, f in (student, teacher))
+    return find_method(name)(**options)(*as_outputs, torch.tensor([0]))
+
+
+def options_of(*flags):
+    parser = Parser()
+    for add in (data_flags, distill_flags, training_flags, run_flags):
+        add(parser)
+    model_flags(parser, student=True)
+    return parse(parser, list(map(str, flags)))
+
+
+def choice_of(*flags):
+    return choose_methods(options_of(*flags))
+
+
+# Acceptance checks 1 to 5 of the distillation losses.
+
+
+def test_soft_targets_by_hand():
+    student = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[4 * LOG3, 0.0]], dtype=torch.float64)
+    loss = term("kd", (student, ()), (teacher, ()), temperature=4)
+    loss.backward()
+    assert loss.item() == pytest.approx(2.092993, abs=1e-6)
+    assert torch.allclose(student.grad, torch.tensor([[-1.0, 1.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shift", [0.0, 7.5])
+def test_soft_targets_ignore_a_shift(shift):
+    logits = torch.randn(5, 9, dtype=torch.float64)
+    assert term("kd", (logits, ()), (logits + shift, ())).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_kd_mix_by_hand():
+    """0.9 CE + 0.1 soft targets at T 5, through flags and the objective."""
+    choice = choice_of("--method", "kd", "--alpha", 0.1, "--temperature", 5)
+    total, terms, _ = objective_on(choice, torch.zeros(1, 2))(
+        torch.zeros(1, 3, 1, 1), torch.tensor([0]), torch.tensor([[5 * LOG3, 0.0]])
+    )
+    assert total.item() == pytest.approx(0.950863, abs=1e-6)
+    assert terms.tolist() == pytest.approx([0.693147, 25 * 0.130812], abs=1e-5)
+
+
+def test_logits_by_hand():
+    pair = (torch.tensor([[1.0, 2.0]]), ()), (torch.tensor([[0.0, 4.0]]), ())
+    assert term("logits", *pair).item() == 2.5
+
+
+def test_logits_on_features():
+    pair = [(None, (torch.tensor([[1.0, 2.0, 3.0]]),)), (None, (torch.tensor([[0.0, 4.0, 3.0]]),))]
+    assert term("logits", *pair, compare="feature").item() == pytest.approx(5 / 3)
+    with pytest.raises(UsageError, match=r"equal widths.*--logits-compare logits"):
+        find_method("logits")(compare="feature").setup(
+            Pairing(("fc:in",), ("fc:in",), (torch.Size([2, 3]),), (torch.Size([2, 4]),), 2)
+        )
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        ([[[1.0, 0.0]]], [[[0.0, 1.0]]], 1.0),
+        ([[[1.0, 2.0]], [[1.0, 0.0]]], [[[2.0, 1.0]], [[0.0, 1.0]]], 0.2),
+        ([[[3.0, 4.0]]], [[[3.0, 4.0]]], 0.0),
+    ],
+)
+def test_attention_by_hand(student, teacher, expected):
+    pair = ((None, (torch.tensor([maps]),)) for maps in (student, teacher))
+    assert term("at", *pair).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_attention_sums_over_stages():
+    one = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 1.0]]]])
+    assert term("at", (None, (one[0],) * 3), (None, (one[1],) * 3)).item() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_fsp_of_constant_maps(pool):
+    a, b = torch.full((2, 3, 8, 8), 1.5), torch.full((2, 5, 4, 4), -2.0)
+    assert torch.allclose(fsp_matrix(a, b, pool), torch.full((2, 3, 5), -3.0))
+    loss = term("fsp", (None, (a, b)), (None, (2 * a, b)), pool=pool)
+    assert loss.item() == pytest.approx((-3.0 + 6.0) ** 2)
+
+
+def test_fsp_by_hand():
+    first = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
+    second, other = (torch.tensor([3.0, x]).view(1, 2, 1, 1) for x in (4.0, 5.0))
+    assert fsp_matrix(first, second)[0].tolist() == [[3, 4], [6, 8]]
+    assert term("fsp", (None, (first, second)), (None, (first, other))).item() == pytest.approx(1.25)
+    ramp, ones = torch.arange(16.0).view(1, 1, 4, 4), torch.ones(1, 1, 2, 2)
+    assert fsp_matrix(ramp, ones, "avg").item() == 7.5
+    assert fsp_matrix(ramp, ones, "max").item() == 10.0
+
+
+def test_fsp_against_the_broadcast_form():
+    first, second = torch.randn(3, 4, 10, 6).double(), torch.randn(3, 7, 5, 3).double()
+    pooled = F.adaptive_avg_pool2d(first, (5, 3))
+    broadcast = (pooled[:, :, None] * second[:, None]).mean((-2, -1))
+    assert torch.allclose(fsp_matrix(first, second), broadcast, atol=1e-12)
+
+
+def test_fsp_refuses_unequal_channels():
+    pairing = Pairing(
+        ("a", "b"), ("c", "d"), (torch.Size([2, 16, 8, 8]),) * 2, (torch.Size([2, 32, 8, 8]),) * 2, 10
+    )
+    with pytest.raises(UsageError, match=r"equal channels.*student layer a has 16.*use method at"):
+        find_method("fsp")().setup(pairing)
+
+
+# The total-loss rule.
+
+
+class Fixed(torch.nn.Module):
+    """A student whose logits are a parameter and whose features are given."""
+
+    def __init__(self, logits, features=()):
+        super().__init__()
+        self.logits, self.features = torch.nn.Parameter(logits), features
+
+    def forward(self, images):
+        return self.logits, self.features
+
+
+def objective_on(choice, logits, features=(), **kwargs):
+    methods = [find_method(name)(**chosen) for name, chosen in choice.methods.items()]
+    everything = list(range(len(features)))
+    views = {m.name: (everything if m.taps() != "none" else [],) * 2 for m in methods}
+    return Objective(Fixed(logits, features), methods, choice.weights, choice.gamma, views, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("flags", "gamma", "weights"),
+    [
+        (["--method", "kd"], 0.1, {"kd": 0.9}),
+        (["--method", "kd", "--alpha", 0.3], 0.7, {"kd": 0.3}),
+        (["--method", "at"], 1.0, {"at": 1000}),
+        (["--method", "kd", "at", "--gamma", 0.5, "--beta", 7], 0.5, {"kd": 1.0, "at": 7}),
+        (["--method", "at", "logits", "--beta", "at=2", "logits=3"], 1.0, {"at": 2, "logits": 3}),
+        (["--method", "none"], 1.0, {}),
+        (["--method", "base"], 1.0, {}),
+        (["--method", "at_st"], 1.0, {"at": 1000, "kd": 1.0}),
+        (["--recipe", "self", "--method", "st"], 1.0, {"kd": 1.0}),
+        (["--recipe", "self", "--method", "logit"], 1.0, {"logits": 1.0}),
+        (["--recipe", "self", "--method", "at"], 1.0, {"at": 1000}),
+        (["--recipe", "self", "--method", "at", "st"], 1.0, {"at": 1000, "kd": 0.9}),
+        (["--recipe", "self", "--method", "fsp"], 1.0, {"fsp": 1 / 9}),
+        (["--recipe", "self-as-published", "--method", "fsp"], 1.0, {"fsp": 1 / 9}),
+        (["--recipe", "zoo", "--method", "kd"], 1.0, {"kd": 0.1}),
+        (["--recipe", "zoo", "--method", "at"], 1.0, {"at": 1000 / 3}),
+        (["--recipe", "zoo", "--method", "logits"], 1.0, {"logits": 0.1}),
+        (["--recipe", "digits", "--method", "kd", "at"], 0.1, {"kd": 0.9, "at": 50}),
+    ],
+)
+def test_weights(flags, gamma, weights):
+    recipe = () if "--recipe" in flags else ("--recipe", "crd")
+    choice = choice_of(*flags, *recipe)
+    assert choice.gamma == pytest.approx(gamma)
+    assert choice.weights == pytest.approx(weights)
+
+
+def test_preset_self_reproduces_its_combination_rules():
+    """CE + 1 MSE(pooled); CE + T^2 KL; CE + 1000 AT + 0.9 ST; CE + (1/9) FSP, numerically."""
+    torch.manual_seed(0)
+    logits, teacher_logits = torch.randn(4, 10), torch.randn(4, 10)
+    labels = torch.tensor([1, 2, 3, 4])
+    images = torch.zeros(4, 3, 1, 1)
+    ce = F.cross_entropy(logits, labels)
+    log_p, log_q = (F.log_softmax(z / 4, 1) for z in (teacher_logits, logits))
+    soft = 16 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
+    maps = [[torch.randn(4, 6, 5, 5).relu() for _ in range(4)] for _ in range(2)]
+    pooled = [torch.randn(4, 64) for _ in range(2)]
+
+    def attention(f):
+        return F.normalize(f.square().mean(1).flatten(1))
+
+    def gram(a, b):
+        return torch.einsum("bixy,bjxy->bij", a, b) / 25
+
+    at = sum((attention(s) - attention(t)).square().mean() for s, t in zip(*maps, strict=True))
+    pairs = [[gram(a, b) for a, b in zip(m, m[1:], strict=False)] for m in maps]
+    fsp = sum((s - t).square().mean() for s, t in zip(*pairs, strict=True))
+    expected = {
+        ("logits",): (ce + (pooled[0] - pooled[1]).square().mean(), [[p] for p in pooled]),
+        ("kd",): (ce + soft, [[], []]),
+        ("at",): (ce + 1000 * at, maps),
+        ("at", "kd"): (ce + 1000 * at + 0.9 * soft, maps),
+        ("fsp",): (ce + fsp / 9, maps),
+    }
+    for names, (total, features) in expected.items():
+        choice = choice_of("--recipe", "self", "--method", *names)
+        objective = objective_on(choice, logits, tuple(features[0]))
+        got, terms, _ = objective(images, labels, teacher_logits, tuple(features[1]))
+        assert got.item() == pytest.approx(total.item(), rel=1e-5), names
+        assert terms[0].item() == pytest.approx(ce.item(), rel=1e-6), "cross-entropy counts once"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "kdd"], "unknown method 'kdd'; did you mean kd"),
+        (["--method", "kd", "--beta", "3"], "no method with a beta"),
+        (["--method", "at", "--alpha", "3"], "kd, which is not used"),
+        (["--method", "at", "fsp", "--beta", "3", "--recipe", "self"], "does not say of which method"),
+        (["--method", "at", "--beta", "fsp=3"], "fsp is not used"),
+        (["--method", "at", "--beta", "at=x"], "'x' is not a number"),
+        (["--method", "kd", "--alpha", "1.5"], "makes gamma negative; give --gamma"),
+        (["--method", "kd", "--temperature", "0"], "temperature must be above 0"),
+        (["--method", "at", "--temperature", "3"], "method kd is not used"),
+        (["--method", "fsp", "--recipe", "crd"], "two stages.*--recipe self"),
+        (["--method", "fsp", "--recipe", "zoo"], "two stages.*--recipe self"),
+    ],
+)
+def test_method_errors(flags, message):
+    with pytest.raises(UsageError, match=message):
+        choice = choice_of(*flags)
+        [find_method(name)(**chosen) for name, chosen in choice.methods.items()]
+
+
+# Every registered method, a user's too.
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_runs_on_a_real_pair(name):
+    """Finite term, gradient to the student, none to the teacher, zero against itself."""
+    torch.manual_seed(0)
+    student, teacher = create_model("cifar_resnet8", 10), create_model("cifar_resnet20", 10)
+    instance = find_method(name)()
+    plan = plan_taps([instance], student, teacher.eval().requires_grad_(False))
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    watched, taught = Taps(student, plan.student_layers), Taps(teacher, plan.teacher_layers)
+    objective = Objective(watched, [instance], {name: 1.0}, 0.0, plan.views)
+    shapes = watched.calibrate(images[:2]), taught.calibrate(images[:2])
+    objective.setup(plan, *shapes, classes=10)
+    answer = taught(images)
+    total, terms, _ = objective(images, labels, *answer)
+    total.backward()
+    assert total.dtype == torch.float32 and total.isfinite() and total > 0
+    assert terms[1] == total
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+    logits, features = watched(images)
+    ours = Outputs(logits, tuple(features[i] for i in plan.views[name][0]))
+    assert instance(ours, ours, labels).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_registry_rejects_what_cannot_work():
+    with pytest.raises(TypeError, match="docstring"):
+        method("bare")(type("Bare", (Method,), {}))
+    with pytest.raises(TypeError, match="subclass"):
+        method("plain")(dict)
+    with pytest.raises(UsageError, match="two methods are called 'kd'"):
+        method("kd")(type("Other", (Method,), {"__doc__": "Other."}))
+    with pytest.raises(UsageError, match=r"unknown value of logits compare 'logit'; did you mean logits"):
+        find_method("logits")(compare="logit")
+    with pytest.raises(UsageError, match="unknown option of method kd 'temp'"):
+        find_method("kd")(temp=3)
+
+
+def test_option_defaults_are_class_attributes_read_on_instances():
+    assert isinstance(find_method("at").power, Option)
+    assert find_method("at")().power == 2.0
+    assert textwrap.dedent(find_method("at").__doc__).startswith("Attention transfer")

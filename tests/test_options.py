@@ -1,0 +1,108 @@
+"""Flags, recipes, config files: who wins, what is printed, what a batch is."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from kdfast.errors import UsageError
+from kdfast.training.options import batch_size
+from kdfast.training.parser import read_recipe, recipe_names
+
+from test_methods import options_of  # isort: skip
+
+
+def test_later_wins(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("lr: 0.3\nepochs: 7\nmean: [0.1, 0.2, 0.3]\nchannels_last: true\n")
+    options = options_of("-c", config, "--epochs", 9)
+    assert (options.lr, options.epochs, options.momentum) == (0.3, 9, 0.9)
+    assert options.mean == [0.1, 0.2, 0.3] and options.channels_last is True
+    assert options.sched == "cosine", "the digits recipe, weaker than the config"
+
+
+def test_recipe_follows_the_data_set():
+    assert options_of().recipe == "digits"
+    assert options_of("--dataset", "cifar100").recipe == "crd"
+    assert options_of("--lr", "0.1").epochs == 6, "one flag keeps the other defaults"
+
+
+@pytest.mark.parametrize("spelling", ["--batch-size", "--batch_size", "-b"])
+def test_spellings(spelling):
+    assert options_of(spelling, 16).batch_size == 16
+    assert options_of("--global_batch_size=32").global_batch_size == 32
+
+
+def test_student_is_the_model():
+    assert options_of("--student", "resnet18").model == "resnet18"
+    assert options_of("--model", "resnet18").model == "resnet18"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_parses(name):
+    recipe = read_recipe(name)
+    options = options_of("--recipe", name)
+    for key, value in recipe.items():
+        if key not in ("methods", "model-kwargs", "teacher-kwargs"):
+            assert getattr(options, key.replace("-", "_")) == value, key
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("self", {"epochs": 200, "lr": 0.1, "opt": "momentum", "weight_decay": 1e-4, "drop_last": True,
+                  "padding_mode": "reflect", "decay_milestones": [100, 150], "global_batch_size": 128}),
+        ("crd", {"epochs": 240, "lr": 0.05, "opt": "momentum", "weight_decay": 5e-4, "drop_last": False,
+                 "padding_mode": "zeros", "decay_milestones": [150, 180, 210], "global_batch_size": 64}),
+        ("zoo", {"epochs": 200, "lr": 0.1, "opt": "sgd", "weight_decay": 1e-4, "seed": 2,
+                 "padding_mode": "reflect", "decay_milestones": [100, 150], "global_batch_size": 128}),
+        ("self-as-published", {"teacher_bn": "batch", "eval_drop_last": True,
+                               "model_kwargs": {"init": "xavier", "stem_kernel": 7}}),
+    ],
+)  # fmt: skip
+def test_presets_of_the_published_studies(recipe, expected):
+    options = options_of("--recipe", recipe, "--dataset", "cifar100")
+    assert {key: getattr(options, key) for key in expected} == expected
+
+
+def test_sgd_is_nesterov_and_momentum_is_not():
+    import torch
+    from timm.optim import create_optimizer_v2
+
+    model = torch.nn.Linear(1, 1)
+    assert create_optimizer_v2(model, "sgd", lr=0.1).defaults["nesterov"]
+    assert not create_optimizer_v2(model, "momentum", lr=0.1).defaults["nesterov"]
+
+
+def test_print_config_gives_the_run_again(run_script, tmp_path):
+    flags = ["--method", "kd", "at", "--beta", 7, "--at-power", 1, "--lr", 0.25, "--save-epochs", 1, 3]
+    code, first, _ = run_script("train/distill.py", "--print-config", *flags)
+    assert code == 0
+    printed = yaml.safe_load(first)
+    assert printed["methods"]["at"] == {"beta": 7.0, "power": 1.0} and printed["gamma"] == pytest.approx(0.1)
+    (tmp_path / "again.yaml").write_text(first)
+    assert run_script("train/distill.py", "--print-config", "-c", "again.yaml")[1] == first
+    assert list(tmp_path.iterdir()) == [tmp_path / "again.yaml"], "printing writes nothing"
+
+
+def test_batch_is_per_process_and_recipes_are_global():
+    assert batch_size(options_of(), 1) == 64
+    assert batch_size(options_of(), 4) == 16
+    assert batch_size(options_of("--grad-accum-steps", 4), 2) == 8
+    assert batch_size(options_of("-b", 10), 3) == 10
+    with pytest.raises(UsageError, match="64 does not divide by 3 processes"):
+        batch_size(options_of(), 3)
+    with pytest.raises(UsageError, match="is 40, not --global-batch-size 64"):
+        batch_size(options_of("-b", 10, "--global-batch-size", 64), 4)
+
+
+def test_help_names_every_method(run_script, capsys):
+    from kdfast.methods import method_names
+
+    with pytest.raises(SystemExit) as stopped:
+        run_script("train/distill.py", "--help")
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for name in method_names():
+        assert f"  {name} " in text
+    assert "--temperature" in text and "--at-power" in text and "--fsp-pool" in text
