@@ -109,7 +109,7 @@ def test_split_refuses_what_cannot_be_traced():
             return y if self.careful and y.sum() > 0 else -y
 
     model = Choosy()
-    with pytest.raises(UsageError, match="cannot split Choosy at 'conv': .* depends on the data"):
+    with pytest.raises(UsageError, match=r"cannot split Choosy at 'conv': .* depends on the data"):
         split_at(model, "conv")
     model.careful = False
     head, tail = split_at(model, "conv")

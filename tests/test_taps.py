@@ -172,7 +172,25 @@ def test_calibrate_leaves_no_trace():
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with torch.inference_mode():
-        assert taps.calibrate(x)[0] == (2, 64, 8, 8)
+        assert taps.calibrate(x.clone())[0] == (2, 64, 8, 8)
+
+
+def test_inference_mode():
+    model, x = build("resnet18")
+    taps = Taps(model.eval(), ["conv1:in", "bn1"])
+    expected = taps(x)[1]
+    for _ in range(2):
+        with torch.inference_mode():
+            assert all(map(torch.equal, taps(x)[1], expected))
+        taps.calibrate(x)
+
+
+def test_a_failed_calibration_keeps_cloning():
+    model, x = build("resnet18")
+    taps = Taps(model.eval(), ["bn1", "layer1"])
+    with pytest.raises(RuntimeError):
+        taps.calibrate(x[:, :1])
+    assert torch.equal(taps(x)[1][0], model.bn1(model.conv1(x)))
 
 
 def test_calibrate_sees_in_place_dropout():

@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kTile = 1024;                   // positions or elements handled at a time
 constexpr int64_t kStreamFrom = int64_t(16) << 20;  // gradients that no cache would keep, in bytes
 constexpr int64_t kGrain = 32768;                 // elements that are worth a thread
+constexpr int64_t kChannels = 64;  // channels summed before they join the map, for accuracy
 
 // out[i] += sum over rows r of |x[r * stride + i]|^p, eight rows a pass: as many streams as the
 // prefetchers follow, and an eighth of the traffic to `out`.
@@ -59,6 +60,11 @@ KD_CLONES void sum_rows(const T* __restrict__ x, int64_t rows, int64_t length, A
 }
 
 template <typename A>
+KD_CLONES void add_map(const A* from, int64_t count, A* map) {
+  for (int64_t i = 0; i < count; ++i) map[i] += from[i];
+}
+
+template <typename A>
 KD_CLONES void scale_map(A* map, int64_t count, A factor) {
   for (int64_t i = 0; i < count; ++i) map[i] *= factor;
 }
@@ -85,9 +91,15 @@ void channel_mean(const Feature& feature, int64_t sample, double power, A* map) 
     const T* x = static_cast<const T*>(feature.data) + sample * feature.sample_stride;
     with_power(power, [&](auto p) {
       if (!feature.channels_last) {
+        alignas(64) A sums[kTile];
         for (int64_t start = 0; start < positions; start += kTile) {
-          add_rows<A, T, p.value>(x + start, positions, channels,
-                                  std::min(kTile, positions - start), A(power), map + start);
+          const int64_t count = std::min(kTile, positions - start);
+          for (int64_t first = 0; first < channels; first += kChannels) {
+            std::fill_n(sums, count, A(0));
+            add_rows<A, T, p.value>(x + first * positions + start, positions,
+                                    std::min(kChannels, channels - first), count, A(power), sums);
+            add_map(sums, count, map + start);
+          }
         }
       } else {
         sum_rows<A, T, p.value>(x, positions, channels, A(power), map);

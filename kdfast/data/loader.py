@@ -7,16 +7,22 @@ No image comes twice in an epoch, none twice in evaluation, none is invented to 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from kdfast.data.sources import Source
 from kdfast.errors import UserError
 from kdfast.seeding import derive_seed, local_randomness
+
+
+# What Pillow raises for damaged files of one format or another; `UnidentifiedImageError` is an
+# OSError.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -116,13 +122,16 @@ class _Samples(Dataset):
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
         try:
-            image, label = self.source.read(index)
+            # Pillow also warns of what it then raises or repairs.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image, label = self.source.read(index)
             with local_randomness(derive_seed(self.seed, "augment", epoch, index)):
                 pixels = self.transform(image)
-        except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as e:
+        except _UNREADABLE as error:
             # Returned, not raised: a worker's exception arrives with the worker's traceback.
             where = self.source.describe(index)
-            return UserError(f"cannot read {where}: {_one_line(e)}; replace or remove the file")
+            return UserError(f"cannot read {where}: {_one_line(error)}; replace or remove the file")
         if not 0 <= label < self.classes:
             where = self.source.describe(index)
             return UserError(f"{where} has label {label}, outside the {self.classes} classes")
@@ -191,7 +200,18 @@ class Loader:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         portions = self._addresses.start(epoch)
-        for portion, batch in zip(portions, self._loader, strict=True):
+        for portion, batch in zip(portions, self._batches(), strict=True):
             if isinstance(batch, UserError):
                 raise batch
             yield Batch(*batch, portion)
+
+    def _batches(self) -> Iterator:
+        try:
+            yield from self._loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"{_one_line(error)}; when memory or shared memory (/dev/shm) ran out, lower "
+                "--workers"
+            ) from None

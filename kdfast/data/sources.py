@@ -7,6 +7,9 @@ Every source answers `len(source)`, `source.read(index) -> (PIL image, label)` a
 from __future__ import annotations
 
 import gzip
+import math
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,7 +84,10 @@ class FolderSource:
         try:
             folder = ImageFolder(root)
         except FileNotFoundError as error:
-            raise UserError(f"cannot use {root} as an image folder: {error}") from None
+            raise UserError(
+                f"cannot use {root} as an image folder: {error}; it needs one folder a class with "
+                "images inside"
+            ) from None
         self.samples, self.class_names = folder.samples, folder.classes
 
     def __len__(self) -> int:
@@ -161,11 +167,12 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     try:
         with (gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
             content = file.read()
-    except (OSError, EOFError) as error:
-        raise UserError(f"cannot read {path}: {error}; fetch the file again") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}; fetch the file again") from None
     header = 4 + 4 * dimensions
-    shape = np.frombuffer(content[4:header], ">i4")
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + shape.prod():
+    shape = struct.unpack(f">{dimensions}I", content[4:header].ljust(4 * dimensions, b"\0"))
+    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + math.prod(shape):
         raise UserError(f"{path} is not a complete idx file of bytes; fetch the file again")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
@@ -198,6 +205,8 @@ def _fashion_mnist(data_dir: Path | None, download: bool, splits: tuple[str, str
                 f"{images} has {len(pixels)} images but {labels} {len(targets)} labels; "
                 "fetch both again"
             )
+        if pixels.shape[1:] != (28, 28):
+            raise UserError(f"{images} does not hold 28x28 images; fetch the file again")
         if targets.max(initial=0) > 9:
             raise UserError(f"{labels} has a label above 9; fetch the file again")
         return ArraySource(np.pad(pixels, ((0, 0), (2, 2), (2, 2))), targets, "fashion-mnist")
@@ -241,8 +250,10 @@ def _cifar(name: str, classes: int, mean, std) -> Callable[..., ImageData]:
 def _folder(data_dir: Path | None, download: bool, splits: tuple[str, str]) -> ImageData:
     if data_dir is None:
         raise UsageError("--dataset folder needs --data-dir, a folder with train/ and val/")
-    train = FolderSource(_split_folder(data_dir, splits[0] or "train", ()))
-    held_out = FolderSource(_split_folder(data_dir, splits[1] or "val", ("validation", "test")))
+    train = FolderSource(data_dir / (splits[0] or "train"))
+    usual = [data_dir / split for split in ("val", "validation", "test")]
+    named = data_dir / splits[1] if splits[1] else next(filter(Path.is_dir, usual), usual[0])
+    held_out = FolderSource(named)
     if train.class_names != held_out.class_names:
         odd = sorted(set(train.class_names) ^ set(held_out.class_names))
         raise UserError(
@@ -252,32 +263,37 @@ def _folder(data_dir: Path | None, download: bool, splits: tuple[str, str]) -> I
     return ImageData("folder", train, held_out, len(train.class_names))
 
 
-def _split_folder(root: Path, name: str, alternatives: Sequence[str]) -> Path:
-    for candidate in (name, *alternatives):
-        if (root / candidate).is_dir():
-            return root / candidate
-    return root / name
+# An AssertionError is timm's word for an unknown name; the others come from the set's reader.
+_UNKNOWN_TO_TIMM = (
+    AssertionError, RuntimeError, ValueError, TypeError, OSError, LookupError, ImportError
+)  # fmt: skip
 
 
 def _from_timm(
     name: str, data_dir: Path | None, download: bool, splits: tuple[str, str], classes: int | None
 ) -> ImageData:
     from timm.data import create_dataset
-    from torch.utils.data import IterableDataset
+
+    prefix = name.partition("/")[0]
+    if prefix in ("wds", "tfds", "hfids"):
+        raise UsageError(
+            f"{name} is a stream; its images have no index, which the loaders need. "
+            "Use its random-access form (hfds/ for hfids/) or unpack it to a folder"
+        )
+    if prefix not in ("torch", "hfds"):
+        raise UsageError(f"unknown data set '{name}'; timm's sets are torch/NAME and hfds/OWNER/NAME")
+    if prefix == "torch" and data_dir is None:
+        data_dir = Path("data")
 
     def open_split(split: str) -> TimmSource:
         try:
             dataset = create_dataset(
                 name, root=data_dir and str(data_dir), split=split, download=download
             )
-        except (AssertionError, RuntimeError, ValueError, OSError, KeyError) as error:
+        except _UNKNOWN_TO_TIMM as error:
             reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
-            raise UserError(f"timm cannot open {name} split '{split}': {reason}") from None
-        if isinstance(dataset, IterableDataset):
-            raise UsageError(
-                f"{name} is a stream; its images have no index, which the loaders need. "
-                "Use its random-access form (hfds/ for hfids/) or unpack it to a folder"
-            )
+            kind = UsageError if isinstance(error, AssertionError) else UserError
+            raise kind(f"timm cannot open {name} split '{split}': {reason}") from None
         return TimmSource(dataset, name)
 
     train = open_split(splits[0] or "train")

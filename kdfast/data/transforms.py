@@ -38,18 +38,21 @@ def train_transform(
     from torchvision.transforms import v2
 
     if augmentation.crop in ("rrc", "rkrc"):
-        pipeline = create_transform(
-            (3, *size),
-            is_training=True,
-            train_crop_mode=augmentation.crop,
-            scale=augmentation.scale,
-            ratio=augmentation.ratio,
-            hflip=augmentation.hflip,
-            color_jitter=augmentation.color_jitter or None,
-            auto_augment=augmentation.auto_augment,
-            interpolation=interpolation,
-            normalize=False,
-        )
+        try:
+            pipeline = create_transform(
+                (3, *size),
+                is_training=True,
+                train_crop_mode=augmentation.crop,
+                scale=augmentation.scale,
+                ratio=augmentation.ratio,
+                hflip=augmentation.hflip,
+                color_jitter=augmentation.color_jitter or None,
+                auto_augment=augmentation.auto_augment,
+                interpolation=interpolation,
+                normalize=False,
+            )
+        except (AssertionError, ValueError) as error:
+            raise UsageError(f"--aa {augmentation.auto_augment}: {error}") from None
         return _Pipeline(pipeline)
     if augmentation.auto_augment or augmentation.color_jitter:
         raise UsageError("--aa and --color-jitter need --train-crop-mode rrc or rkrc")

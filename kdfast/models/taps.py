@@ -36,7 +36,7 @@ class _Tap:
                 "choose a layer inside or after it"
             )
         self.value = value.clone() if self.clone else value
-        if not torch.compiler.is_compiling() and not value.is_inference():
+        if not torch.compiler.is_compiling() and not self.value.is_inference():
             self.version = self.value._version
 
     def overwritten(self) -> bool:
@@ -110,6 +110,7 @@ class Taps(nn.Module):
         when it writes. Leaves train/eval modes, BN buffers and the random state as they were.
         """
         modes = {module: module.training for module in self.modules()}
+        clones = [True] * len(self._taps)
         devices = [] if example.device.type == "cpu" else [example.device]
         kind = "cuda" if example.device.type == "cpu" else example.device.type
         try:
@@ -127,11 +128,13 @@ class Taps(nn.Module):
                 x = example.clone()  # a normal tensor even if the example is an inference tensor
                 self._arm(True)
                 self.model(x)
-                for tap in self._taps:
-                    tap.clone = tap.value is not None and tap.overwritten()
-                return tuple(self._take(tap, x, check=False).shape for tap in self._taps)
+                shapes = tuple(self._take(tap, x, check=False).shape for tap in self._taps)
+                clones = [tap.overwritten() for tap in self._taps]
+                return shapes
         finally:
             self._arm(False)
+            for tap, clone in zip(self._taps, clones, strict=True):
+                tap.clone = clone
             for module, training in modes.items():
                 module.training = training
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from kdfast.errors import UserError
 from kdfast.models.factory import architecture
-from kdfast.models.taps import Taps, classifier_name
+from kdfast.models.taps import Taps
 
 # Where training programs keep the weights inside a checkpoint; averaged weights first.
 _WRAPPERS = ("state_dict_ema", "state_dict", "model")
@@ -228,12 +228,12 @@ def _reason(
     reshaped: list[str],
 ) -> str:
     own = model.state_dict()
-    name = classifier_name(model)
-    head = [key for key in reshaped if key.startswith(f"{name}.")]
-    if head and head == reshaped and not missing and not unexpected:
-        theirs, ours = len(state_dict[head[0]]), len(own[head[0]])
-        if theirs != ours:
-            return f"the checkpoint has {theirs} classes, the model {ours}"
+    shapes = [(state_dict[name].shape, own[name].shape) for name in reshaped]
+    # Only a classifier's width is its own affair: another layer's is the next one's input as well.
+    widths = {(a[0], b[0]) if a and b and a[1:] == b[1:] else None for a, b in shapes}
+    if len(widths) == 1 and None not in widths and not (missing or unexpected):
+        theirs, ours = widths.pop()
+        return f"the checkpoint has {theirs} classes, the model {ours}"
     parts = [f"it holds {metadata['architecture']}"] if metadata.get("architecture") else []
     for what, names in (
         ("missing", missing),

@@ -126,7 +126,7 @@ def _check_feature(op: str, name: str, feature: Tensor) -> None:
 
 
 def _check_power(op: str, power: float) -> None:
-    if not (power > 0 and math.isfinite(power)):
+    if not 0 < power < math.inf:
         raise ValueError(f"{op}: power must be positive and finite, got {power}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 
 import yaml
@@ -40,12 +41,40 @@ def fraction(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value
+
+
+def number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    return value
+
+
 def assignment(text: str) -> tuple[str, object]:
     """`key=value`, the value read as YAML (so `7`, `0.5`, `true`, `xavier` do what they say)."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"expected key=value, got '{text}'")
-    return key, yaml.safe_load(value)
+    flag = _ARGUMENTS_WITH_FLAGS.get(key)
+    if flag:
+        raise argparse.ArgumentTypeError(f"{key} has a flag of its own, {flag}")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"'{text}': the value is not valid YAML") from None
+
+
+_ARGUMENTS_WITH_FLAGS = {
+    "name": "--model",
+    "num_classes": "--num-classes",
+    "pretrained": "--pretrained",
+    "img_size": "--img-size",
+}
 
 
 def data_flags(parser: Parser) -> None:
@@ -62,9 +91,9 @@ def data_flags(parser: Parser) -> None:
     flag(group, "--num-classes", type=positive, help="class count of a set that does not say")
     flag(group, "--img-size", type=positive, help="side of the images fed to the network "
          "(default: the set's own or the network's)")
-    flag(group, "--mean", type=float, nargs=3, help="per-channel mean in [0, 1] "
+    flag(group, "--mean", type=number, nargs=3, help="per-channel mean in [0, 1] "
          "(default: the set's own or the network's)")
-    flag(group, "--std", type=float, nargs=3, help="per-channel standard deviation")
+    flag(group, "--std", type=number, nargs=3, help="per-channel standard deviation")
     flag(group, "--train-crop-mode", choices=("pad", "rrc", "rkrc", "none"),
          help="pad: pad and cut back; rrc, rkrc: random resized crop (default: pad on sets of "
               "small images, else rrc)")
@@ -73,12 +102,12 @@ def data_flags(parser: Parser) -> None:
          help="what crop mode pad fills with")
     flag(group, "--hflip", type=fraction, help="probability of a horizontal flip (default: 0.5; "
          "0 on digits)")
-    flag(group, "--scale", type=float, nargs=2, default=[0.08, 1.0], help="area range of rrc")
-    flag(group, "--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="ratio range of rrc")
+    flag(group, "--scale", type=number, nargs=2, default=[0.08, 1.0], help="area range of rrc")
+    flag(group, "--ratio", type=number, nargs=2, default=[3 / 4, 4 / 3], help="ratio range of rrc")
     flag(group, "--color-jitter", type=amount, default=0.0, help="strength, with rrc or rkrc")
     flag(group, "--aa", metavar="POLICY", help="timm AutoAugment policy, with rrc or rkrc")
     parser.switch(group, "--no-aug", help="train on the evaluation pipeline")
-    flag(group, "--crop-pct", type=fraction, default=0.875, help="centre crop of larger images")
+    flag(group, "--crop-pct", type=share, default=0.875, help="centre crop of larger images")
     flag(group, "--interpolation", choices=("bilinear", "bicubic", "nearest"), default="bilinear",
          help="how images are resized")
     flag(group, "-j", "--workers", type=natural, help="loader processes; results do not depend "
@@ -227,6 +256,10 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         if options.mixed_precision not in (None, "bf16"):
             raise UsageError(f"--amp contradicts --mixed-precision {options.mixed_precision}")
         options.mixed_precision = "bf16"
+    for flag, bounds in (("--scale", options.scale), ("--ratio", options.ratio)):
+        if not 0 < bounds[0] <= bounds[1]:
+            text = " ".join(f"{bound:g}" for bound in bounds)
+            raise UsageError(f"{flag} needs two numbers above 0, the smaller first, got {text}")
     if options.sched_on_updates and options.sched in OWN_SCHEDULES:
         raise UsageError(f"--sched {options.sched} changes once an epoch; drop --sched-on-updates")
     if max(options.save_epochs, default=0) > options.epochs:

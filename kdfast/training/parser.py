@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,13 @@ from typing import Any
 import yaml
 
 from kdfast.errors import UsageError, UserError, unknown
+
+
+# What running somebody's module raises when the module is wrong.
+_PLUGIN_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
+    RuntimeError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,8 +51,15 @@ class Parser(argparse.ArgumentParser):
         self.flag(group, name, default=default, help=help, action=argparse.BooleanOptionalAction)
 
     def actions(self) -> dict[str, argparse.Action]:
-        """Flags by key, the name used in YAML."""
-        return {a.dest.replace("_", "-"): a for a in self._actions if a.dest in self.fallbacks}
+        """Flags by key, the name used in YAML: their names without the leading dashes."""
+        found = {}
+        for action in self._actions:
+            if action.dest in self.fallbacks:
+                names = [name[2:] for name in action.option_strings if name.startswith("--")]
+                if isinstance(action, argparse.BooleanOptionalAction):
+                    names = names[:1]
+                found |= dict.fromkeys(names, action)
+        return found
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """The flags on the command line by dest; raises `UsageError` for what it does not know."""
@@ -64,21 +79,21 @@ def _dashes(token: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def _convert(action: argparse.Action, value: Any, where: str) -> Any:
-    """A YAML value as the flag would have parsed it."""
-    key = f"{where}: {action.dest.replace('_', '-')}"
-    if value is None:
-        return None
+def _convert(key: str, action: argparse.Action, value: Any, where: str) -> Any:
+    """The YAML value of `key` as the flag would have parsed it."""
+    key = f"{where}: {key}"
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise UsageError(f"{key} must be true or false, got {value!r}")
         return value
     if isinstance(value, dict) and action.nargs in ("+", "*"):
         value = [f"{name}={item}" for name, item in value.items()]
-    many = action.nargs in ("+", "*") or isinstance(action.nargs, int)
+    many = action.nargs in ("+", "*")
     values = value if isinstance(value, list) else [value]
-    if not many and len(values) != 1:
-        raise UsageError(f"{key} takes one value, got {value!r}")
+    count = action.nargs or 1
+    if not many and (len(values) != count or isinstance(value, dict)):
+        wanted = "one value" if count == 1 else f"{count} values"
+        raise UsageError(f"{key} takes {wanted}, got {value!r}")
     try:
         values = [action.type(str(item)) if action.type else str(item) for item in values]
     except (ValueError, argparse.ArgumentTypeError) as error:
@@ -86,13 +101,13 @@ def _convert(action: argparse.Action, value: Any, where: str) -> Any:
     for item in values:
         if action.choices and item not in action.choices:
             raise unknown(f"value of {key}", str(item), map(str, action.choices))
-    return values if many else values[0]
+    return values if action.nargs else values[0]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; keys with dashes. Never runs what a file asks to construct."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
@@ -143,13 +158,17 @@ def merge(
     layers = ((f"recipe {name}", recipe, False), (str(flags.get("config")), config, True))
     for where, content, chosen in layers:
         content = dict(content)
-        layer = content.pop("methods", None) or {}
+        layer = content.pop("methods", {})
         if not isinstance(layer, dict) or not all(isinstance(v, dict) for v in layer.values()):
             raise UsageError(f"{where}: methods must map method names to their options")
         methods.append(layer)
         for key, value in content.items():
-            if key in actions and key not in ("config", "print-config", "plugin"):
-                options[actions[key].dest] = _convert(actions[key], value, where)
+            if key in ("config", "print-config", "plugin"):
+                raise UsageError(f"{where}: {key} is taken from the command line only")
+            if value is None or (value == [] and options.get(key.replace("-", "_"), ()) is None):
+                raise UsageError(f"{where}: {key} needs a value; remove the line for the default")
+            if key in actions:
+                options[actions[key].dest] = _convert(key, actions[key], value, where)
                 if chosen:
                     given.add(actions[key].dest)
             elif key not in foreign:
@@ -166,13 +185,20 @@ def load_plugin(argv: Sequence[str]) -> None:
 
     Read from the command line only: a recipe or config must not be able to run code.
     """
-    scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scout = Parser(add_help=False)
     scout.add_argument("--plugin", action="append", default=[])
     for path in map(Path, scout.parse_known_args([_dashes(token) for token in argv])[0].plugin):
         if not path.is_file():
             raise UsageError(f"no plugin file at {path}")
         spec = importlib.util.spec_from_file_location(f"kdfast_plugin_{path.stem}", path)
+        if spec is None:
+            raise UsageError(f"plugin {path} is no Python file; its name must end in .py")
         try:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        except (ImportError, SyntaxError, TypeError) as error:
+        except _PLUGIN_ERRORS as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+            where = f", line {lines[-1]}" if lines else ""
+            raise UsageError(f"plugin {path}{where}: {type(error).__name__}: {error}") from None
+        except UserError as error:
             raise UsageError(f"plugin {path}: {error}") from None
