@@ -17,12 +17,17 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    """Every test starts with accelerate unset, as every command does."""
+    """Every test starts with accelerate unset and kdfast's own methods, as every command does."""
     from accelerate.state import AcceleratorState, PartialState
+
+    from kdfast.methods.base import _METHODS
 
     for state in (AcceleratorState, PartialState):
         state._shared_state.clear()
+    known = dict(_METHODS)
     yield
+    _METHODS.clear()
+    _METHODS.update(known)
 
 
 def load_script(name: str):

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from kdfast.errors import UsageError
-from kdfast.methods import Method, Option, Outputs, Pairing, find_method, method, method_names
+from kdfast.methods import (
+    Method,
+    Option,
+    Outputs,
+    Pairing,
+    find_method,
+    method,
+    method_names,
+    methods_table,
+)
 from kdfast.methods.fsp import fsp_matrix
 from kdfast.models import Taps, create_model
 from kdfast.training.objective import Objective, choose_methods, plan_taps
@@ -285,6 +295,11 @@ def test_registry_rejects_what_cannot_work():
         find_method("logits")(compare="logit")
     with pytest.raises(UsageError, match="unknown option of method kd 'temp'"):
         find_method("kd")(temp=3)
+
+
+def test_documented_table_is_current():
+    documented = (Path(__file__).parent.parent / "docs/methods.md").read_text()
+    assert methods_table() in documented, "python docs/methods.py writes it anew"
 
 
 def test_option_defaults_are_class_attributes_read_on_instances():

@@ -11,9 +11,10 @@ from kdfast.methods.base import (
     find_method,
     method,
     method_names,
+    methods_table,
 )
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Method", "Option", "Outputs", "Pairing", "find_method", "method", "method_names"]
+__all__ = ["Method", "Option", "Outputs", "Pairing", "find_method", "method", "method_names", "methods_table"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -134,3 +135,20 @@ def find_method(name: str) -> type[Method]:
     if name not in _METHODS:
         raise unknown("method", name, _METHODS)
     return _METHODS[name]
+
+
+def methods_table() -> str:
+    """All methods as a Markdown table: name, term, weight, options, source."""
+    rows = ["| method | what it does | weight | options | source |", "|---|---|---|---|---|"]
+    for name in method_names():
+        cls = find_method(name)
+        text = inspect.cleandoc(cls.__doc__)
+        source = " ".join(text.partition("Source:")[2].split()) or "-"
+        flags = [
+            f"`{o.flag or f'--{name}-{key}'}` {o.help} ({o.default})" for key, o in cls.options().items()
+        ]
+        names = ", ".join(f"`{word}`" for word in (name, *cls.aliases))
+        weight = f"{cls.weight_flag} {cls.default_weight:g}"
+        cells = (names, text.splitlines()[0], weight, "; ".join(flags) or "-", source)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"

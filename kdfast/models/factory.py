@@ -78,11 +78,12 @@ def create_model(
         UserError: pretrained weights that do not exist or cannot be fetched.
     """
     name = resolve_name(name)
+    given = dict(kwargs)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     if ":" in name:
-        return _create_from_path(name, pretrained, in_chans, size, kwargs)
+        return _create_from_path(name, pretrained, in_chans, size, kwargs, given)
     cfg = get_pretrained_cfg(name)
     if pretrained and not cfg.has_weights:
         raise UserError(f"no pretrained weights exist for {name}: train it first, then load those")
@@ -90,8 +91,8 @@ def create_model(
         kwargs["img_size"] = size
     try:
         model = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **kwargs)
-    except TypeError as error:
-        raise _not_taken(name, error) from error
+    except _REJECTIONS as error:
+        raise _rejected(name, error, given) from error
     except OSError as error:
         if not pretrained:
             raise
@@ -105,20 +106,30 @@ def create_model(
 
 
 def _create_from_path(
-    name: str, pretrained: bool, in_chans: int, size: tuple[int, int] | None, kwargs: dict
+    name: str,
+    pretrained: bool,
+    in_chans: int,
+    size: tuple[int, int] | None,
+    kwargs: dict,
+    given: dict,
 ) -> nn.Module:
     if pretrained:
         raise UsageError(f"pretrained weights are known for timm models only, not for {name}")
     function = _import(name)
     if in_chans != 3:
         kwargs["in_chans"] = in_chans
-    if size is not None and "img_size" in inspect.signature(function).parameters:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # compiled functions may have none; calling them tells
+        signature = None
+    if size is not None and signature is not None and "img_size" in signature.parameters:
         kwargs["img_size"] = size
     try:
-        inspect.signature(function).bind(**kwargs)
+        if signature is not None:
+            signature.bind(**kwargs)
         model = function(**kwargs)
-    except TypeError as error:
-        raise _not_taken(name, error) from error
+    except _REJECTIONS as error:
+        raise _rejected(name, error, given) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name} returned {type(model).__name__}, not a torch module")
     if not hasattr(model, "pretrained_cfg"):
@@ -128,6 +139,10 @@ def _create_from_path(
             "fixed_input_size": "img_size" in kwargs,
         }
     return model
+
+
+# What constructors raise for an argument they do not take or cannot work with.
+_REJECTIONS = (TypeError, ValueError, AssertionError, RuntimeError, LookupError, AttributeError)
 
 
 def _import(name: str) -> Callable[..., nn.Module]:
@@ -143,12 +158,14 @@ def _import(name: str) -> Callable[..., nn.Module]:
     return function
 
 
-def _not_taken(name: str, error: TypeError) -> TypeError | UsageError:
-    """The one-line form of "got an unexpected keyword argument"; other errors are bugs."""
-    message = str(error)
-    if "unexpected keyword argument" not in message and "missing a required" not in message:
+def _rejected(name: str, error: Exception, given: dict) -> Exception:
+    """The one-line form of a constructor's refusal of `given`; without those it is a bug."""
+    message = str(error) or type(error).__name__
+    foreign = "unexpected keyword argument" in message or "missing a required" in message
+    if not (given or foreign):
         return error
-    return UsageError(f"model {name} cannot be built so: {message}")
+    shown = ", ".join(f"{key}={value}" for key, value in given.items())
+    return UsageError(f"model {name} cannot be built so: {message}" + f" (given {shown})" * bool(given))
 
 
 def architecture(model: nn.Module) -> str:

@@ -78,7 +78,7 @@ def mode() -> str:
 
 
 def active() -> str:
-    """"fused" or "reference": the path that ops on CPU tensors take now."""
+    """The path that ops on CPU tensors take now: "fused" or "reference"."""
     return "fused" if _mode != "reference" and NO_EXTENSION is None else "reference"
 
 

@@ -1,0 +1,93 @@
+"""Timing side by side in one process, the copy bandwidth, and where a number was measured."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kdfast.__main__ import devices, versions
+
+COPY_BYTES = 256 << 20
+
+
+def environment(device: str) -> dict[str, object]:
+    """Device, versions and thread count that a row was measured with."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {devices()['cpu']}"
+    return {"device": name, **versions(), "cuda": torch.version.cuda if device == "cuda" else None}
+
+
+def cpu_name() -> str:
+    for line in (
+        Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else ()
+    ):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def sample_ms(step: Callable[[], object], device: str, calls: int) -> float:
+    """Milliseconds a call, over `calls` calls."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - begin) * 1e3 / calls
+
+
+def side_by_side(
+    steps: dict[str, Callable[[], object]], device: str, *, rounds: int, sample: float = 2.0
+) -> dict[str, list[float]]:
+    """`rounds` samples of every step, interleaved so that a disturbance meets all of them alike.
+
+    A sample is as many calls as last `sample` milliseconds; three unmeasured calls come first.
+    """
+    calls = {}
+    for name, step in steps.items():
+        for _ in range(3):
+            step()
+        calls[name] = max(1, round(sample / sample_ms(step, device, 1)))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(sample_ms(step, device, calls[name]))
+    return times
+
+
+def copy_bandwidth(device: str, rounds: int = 15) -> float:
+    """Bytes per second, read plus written, of a copy between two arrays already written."""
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target = torch.zeros_like(source)
+    times = side_by_side({"copy": lambda: target.copy_(source)}, device, rounds=rounds)["copy"]
+    return 2 * COPY_BYTES / (statistics.median(times) * 1e-3)
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median with the 10th and 90th percentile, in milliseconds."""
+    tenths = statistics.quantiles(times, n=10, method="inclusive")
+    return {
+        "ms": round(statistics.median(times), 4),
+        "p10": round(tenths[0], 4),
+        "p90": round(tenths[-1], 4),
+    }
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    """A table of rows with equal keys."""
+    lines = [
+        list(rows[0]),
+        ["---"] * len(rows[0]),
+        *([str(v) for v in row.values()] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
