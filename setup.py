@@ -30,14 +30,16 @@ DEFAULT_ARCHS = "8.0;9.0+PTX"  # Ampere, Hopper, and anything later through PTX
 
 
 def find_nvcc() -> tuple[str | None, str | None]:
-    """(toolkit folder, release), or (None, None).
+    """(toolkit folder, release), or (None, None). CUDA_HOME, if set, is the only place looked at.
 
     nvcc on PATH may be a wrapper script or a link, so nvcc itself is asked where it lives: torch
     would take the wrapper's folder and then fail to link libcudart.
     """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else None
-    nvcc = nvcc or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if home:
+        nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
+    else:
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         return None, None
 
@@ -71,7 +73,8 @@ def cuda_off_reason() -> str | None:
     if torch.version.cuda is None:
         reason = f"torch {torch.__version__} is a CPU build"
     if NVCC_RELEASE is None:
-        reason = "nvcc was not found"
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        reason = f"nvcc was not found in CUDA_HOME={home}" if home else "nvcc was not found"
     elif torch.version.cuda and torch.version.cuda.split(".")[0] != NVCC_RELEASE.split(".")[0]:
         reason = f"nvcc {NVCC_RELEASE} does not match torch's CUDA {torch.version.cuda}"
     if wish == "1" and reason:

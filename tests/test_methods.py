@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kdfast import ops
 from kdfast.errors import UsageError
 from kdfast.methods import (
     Method,
@@ -243,7 +244,7 @@ def test_preset_self_reproduces_its_combination_rules():
         (["--method", "at", "--alpha", "3"], "kd, which is not used"),
         (["--method", "at", "fsp", "--beta", "3", "--recipe", "self"], "does not say of which method"),
         (["--method", "at", "--beta", "fsp=3"], "fsp is not used"),
-        (["--method", "at", "--beta", "at=x"], "'x' is not a number"),
+        (["--method", "at", "--beta", "at=x"], "at=x must be a number, got 'x'"),
         (["--method", "kd", "--alpha", "1.5"], "makes gamma negative; give --gamma"),
         (["--method", "kd", "--temperature", "0"], "temperature must be above 0"),
         (["--method", "at", "--temperature", "3"], "method kd is not used"),
@@ -284,6 +285,30 @@ def test_every_method_runs_on_a_real_pair(name):
     assert instance(ours, ours, labels).item() == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_fused_and_twin_train_alike(layout):
+    """The op inside its method: same loss and same gradients of every student weight."""
+    if ops.active() != "fused":
+        pytest.skip("the compiled extension is not built or not chosen")
+    found = []
+    for path in ("fused", "reference"):
+        torch.manual_seed(0)
+        student, teacher = create_model("cifar_resnet8", 10), create_model("cifar_resnet14", 10)
+        student, teacher = (net.to(memory_format=layout) for net in (student, teacher.eval()))
+        instance = find_method("at")()
+        plan = plan_taps([instance], student, teacher)
+        objective = Objective(Taps(student, plan.student_layers), [instance], {"at": 100.0}, 1.0, plan.views)
+        images = torch.randn(5, 3, 32, 32).contiguous(memory_format=layout)
+        with torch.no_grad():
+            answer = Taps(teacher, plan.teacher_layers)(images)
+        with ops.use(path):
+            total, terms, _ = objective(images, torch.arange(5), *answer)
+            total.backward()
+        found.append([terms[1], *(p.grad for p in student.parameters())])
+    for fused, twin in zip(*found, strict=True):
+        assert torch.allclose(fused, twin, rtol=1e-4, atol=1e-6)
+
+
 def test_registry_rejects_what_cannot_work():
     with pytest.raises(TypeError, match="docstring"):
         method("bare")(type("Bare", (Method,), {}))
@@ -291,7 +316,7 @@ def test_registry_rejects_what_cannot_work():
         method("plain")(dict)
     with pytest.raises(UsageError, match="two methods are called 'kd'"):
         method("kd")(type("Other", (Method,), {"__doc__": "Other."}))
-    with pytest.raises(UsageError, match=r"unknown value of logits compare 'logit'; did you mean logits"):
+    with pytest.raises(UsageError, match=r"unknown value of logits compare 'logit'; did you mean feature, logits"):
         find_method("logits")(compare="logit")
     with pytest.raises(UsageError, match="unknown option of method kd 'temp'"):
         find_method("kd")(temp=3)

@@ -15,12 +15,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from kdfast.training.classifier import train_classifier
 from kdfast.training.options import data_flags, model_flags, parse, run_flags, training_flags
 from kdfast.training.parser import Parser
-from kdfast.training.run_folder import RunFolder
+from kdfast.training.run_folder import choose_run
 from kdfast.training.script import script
 from kdfast.training.setup import build_model, choose_inputs, load_data, print_config, start
 
@@ -43,10 +42,7 @@ def main(argv: Sequence[str]) -> None:
     inputs = choose_inputs(options, data, model)
 
     dataset, network = data.name.replace("/", "_"), options.model.replace(":", ".")
-    name = options.experiment or f"classifier-{dataset}-{network}-s{options.seed}"
-    run = RunFolder(Path(options.output) / name)
-    if options.resume not in (None, "auto"):
-        run = RunFolder(Path(options.resume))
+    run = choose_run(options, f"classifier-{dataset}-{network}-s{options.seed}")
     accelerator.print(f"{network} on {data.name}, {len(data.train)} images, into {run.path}")
     results = train_classifier(
         options, accelerator, data, model, inputs, run, resume=options.resume is not None

@@ -19,14 +19,22 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
 
 from kdfast.data import ImageData
 from kdfast.errors import UsageError
 from kdfast.methods import find_method
-from kdfast.models import InputAdapter, Taps, checksum, create_model, load_weights, read_weights
+from kdfast.models import (
+    InputAdapter,
+    Taps,
+    checksum,
+    create_model,
+    load_weights,
+    read_weights,
+    resolve_name,
+)
 from kdfast.training.classifier import describe, fingerprint, train_classifier
 from kdfast.training.evaluate import evaluate
 from kdfast.training.loop import Trainer
@@ -40,7 +48,7 @@ from kdfast.training.options import (
     training_flags,
 )
 from kdfast.training.parser import Parser, load_plugin
-from kdfast.training.run_folder import RunFolder, on_main
+from kdfast.training.run_folder import RunFolder, choose_run, on_main
 from kdfast.training.script import script
 from kdfast.training.setup import (
     Inputs,
@@ -52,7 +60,9 @@ from kdfast.training.setup import (
     plain,
     preparer,
     print_config,
+    recorded_inputs,
     start,
+    try_out,
     weights_path,
 )
 from kdfast.training.teacher import Teacher
@@ -85,11 +95,12 @@ def main(argv: Sequence[str]) -> None:
     run = run_folder(options, choice, data)
     resume = options.resume is not None
     on_main(accelerator, lambda: run.check(resume=resume))
+    try_out(student, inputs, data.classes)
     train, held_out = make_loaders(options, data, inputs, accelerator)
     alone = copy.deepcopy(student) if options.baseline else None
 
     say = accelerator.print
-    model, teacher_inputs = load_teacher(options, accelerator, data, inputs)
+    model, teacher_inputs = load_teacher(options, data)
     methods = [find_method(name)(**chosen) for name, chosen in choice.methods.items()]
     plan = plan_taps(methods, student, model, options.student_layers, options.teacher_layers)
     adapter = InputAdapter(
@@ -104,6 +115,9 @@ def main(argv: Sequence[str]) -> None:
     prepare = preparer(inputs, accelerator, channels_last=options.channels_last)
     example = prepare(next(iter(held_out.epoch(0))).images[:2])
     objective.setup(plan, taps.calibrate(example), teacher.calibrate(example), data.classes)
+    if options.teacher_checkpoint is None and not options.teacher_pretrained:
+        # Only now, when nothing about the request can be refused any more.
+        load_weights(model, train_teacher(options, accelerator, data))
     if options.torchcompile:
         teacher.compile()
     say(f"teacher {options.teacher} -> student {options.model} on {data.name}, into {run.path}")
@@ -117,6 +131,10 @@ def main(argv: Sequence[str]) -> None:
     parent = checksum(model.state_dict())
     taught = evaluate(lambda x: teacher(x)[0], held_out, accelerator, prepare)
     say(f"teacher top1 {taught['top1']:.2f}")
+    arguments = plain(options, **choice.as_yaml(), processes=accelerator.num_processes)
+    arguments["teacher-checksum"] = parent
+    if resume:
+        on_main(accelerator, lambda: run.check_same(arguments))
     trainer = Trainer(
         accelerator,
         objective,
@@ -129,7 +147,6 @@ def main(argv: Sequence[str]) -> None:
         teacher=teacher,
         resume=resume,
     )
-    arguments = plain(options, **choice.as_yaml()) | {"teacher-checksum": parent}
     on_main(accelerator, lambda: run.create(resume=resume))
     on_main(accelerator, lambda: run.write_arguments(arguments))
     scores = trainer.fit()
@@ -161,37 +178,40 @@ def require_digits(options: argparse.Namespace) -> None:
 
 
 def run_folder(options: argparse.Namespace, choice: Choice, data: ImageData) -> RunFolder:
-    if options.resume not in (None, "auto"):
-        return RunFolder(Path(options.resume))
     parts = [data.name, "+".join(choice.methods) or "none", options.teacher, options.model]
     name = "-".join(["distill", *parts, f"s{options.seed}"]).replace("/", "_").replace(":", ".")
-    return RunFolder(Path(options.output) / (options.experiment or name))
+    return choose_run(options, name)
 
 
-def load_teacher(
-    options: argparse.Namespace, accelerator: Accelerator, data: ImageData, inputs: Inputs
-) -> tuple[Any, Inputs]:
+def load_teacher(options: argparse.Namespace, data: ImageData) -> tuple[nn.Module, Inputs]:
     """The teacher's network and what it is fed, from its checkpoint where that tells."""
-    known: dict[str, Any] = {}
-    path = None
+    path, known, fed = None, {}, None
+    kwargs = dict(options.teacher_kwargs or ())
     if options.teacher_checkpoint:
         path = weights_path(options.teacher_checkpoint)
         known = read_weights(path)[1]
-    elif not options.teacher_pretrained:
-        path = train_teacher(options, accelerator, data)
-        known = read_weights(path)[1]
-    kwargs = options.teacher_kwargs
-    kwargs = dict(kwargs) if kwargs is not None else known.get("model_kwargs") or {}
+        fed = recorded_inputs(path, known)
+        name = resolve_name(options.teacher)
+        # Another network's arguments would only hide that the file does not fit.
+        same = known.get("architecture") in (name, name.partition(".")[0])
+        if same and options.teacher_kwargs is None and isinstance(known.get("model_kwargs"), dict):
+            kwargs = known["model_kwargs"]
     model = create_model(
-        options.teacher, data.classes, pretrained=options.teacher_pretrained, **kwargs
+        options.teacher,
+        data.classes,
+        pretrained=options.teacher_pretrained,
+        img_size=fed and fed.size,
+        **kwargs,
     )
     if path is not None:
         load_weights(model, path)
-    same = argparse.Namespace(**vars(options))
-    same.pretrained, same.initial_checkpoint = options.teacher_pretrained, None
-    fed = choose_inputs(same, data, model)
-    if "mean" in known:
-        fed = Inputs(tuple(known["input_size"][1:]), tuple(known["mean"]), tuple(known["std"]))
+    if fed is None:
+        own = argparse.Namespace(**vars(options))
+        own.pretrained, own.initial_checkpoint = options.teacher_pretrained, None
+        if path is None and not options.teacher_pretrained:
+            own.img_size = None
+        fed = choose_inputs(own, data, model)
+    try_out(model, fed, data.classes)
     return model, fed
 
 

@@ -6,6 +6,7 @@ from kdfast.data.sources import (
     IMAGENET_STD,
     ImageData,
     Source,
+    dataset_name,
     dataset_names,
     open_data,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Loader",
     "Portion",
     "Source",
+    "dataset_name",
     "dataset_names",
     "eval_transform",
     "open_data",

@@ -19,7 +19,6 @@ from kdfast.data.sources import Source
 from kdfast.errors import UserError
 from kdfast.seeding import derive_seed, local_randomness
 
-
 # What Pillow raises for damaged files of one format or another; `UnidentifiedImageError` is an
 # OSError.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)

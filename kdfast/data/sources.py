@@ -274,15 +274,7 @@ def _from_timm(
 ) -> ImageData:
     from timm.data import create_dataset
 
-    prefix = name.partition("/")[0]
-    if prefix in ("wds", "tfds", "hfids"):
-        raise UsageError(
-            f"{name} is a stream; its images have no index, which the loaders need. "
-            "Use its random-access form (hfds/ for hfids/) or unpack it to a folder"
-        )
-    if prefix not in ("torch", "hfds"):
-        raise UsageError(f"unknown data set '{name}'; timm's sets are torch/NAME and hfds/OWNER/NAME")
-    if prefix == "torch" and data_dir is None:
+    if name.startswith("torch/") and data_dir is None:
         data_dir = Path("data")
 
     def open_split(split: str) -> TimmSource:
@@ -319,6 +311,21 @@ def dataset_names() -> list[str]:
     return sorted(_NAMED)
 
 
+def dataset_name(name: str) -> str:
+    """The canonical form of `name`; raises `UsageError` with the closest when there is none."""
+    prefix, slash, _ = name.partition("/")
+    if prefix in ("wds", "tfds", "hfids") and slash:
+        raise UsageError(
+            f"{name} is a stream; its images have no index, which the loaders need. "
+            "Use its random-access form (hfds/ for hfids/) or unpack it to a folder"
+        )
+    if prefix in ("torch", "hfds") and slash:
+        return name
+    if name.replace("_", "-") not in _NAMED:
+        raise unknown("data set", name, [*_NAMED, "torch/cifar10", "hfds/owner/name"])
+    return name.replace("_", "-")
+
+
 def open_data(
     name: str,
     data_dir: str | Path | None = None,
@@ -339,13 +346,11 @@ def open_data(
     """
     data_dir = Path(data_dir) if data_dir is not None else None
     splits = (train_split, eval_split)
-    name = name.replace("_", "-") if "/" not in name else name
+    name = dataset_name(name)
     if name in _NAMED:
         data = _NAMED[name](data_dir, download, splits)
-    elif "/" in name:
-        data = _from_timm(name, data_dir, download, splits, classes)
     else:
-        raise unknown("data set", name, [*_NAMED, "torch/cifar10", "hfds/owner/name"])
+        data = _from_timm(name, data_dir, download, splits, classes)
     if classes and classes != data.classes:
         raise UsageError(f"--num-classes {classes}, but {name} has {data.classes} classes")
     for split, source in (("training", data.train), ("evaluation", data.eval)):

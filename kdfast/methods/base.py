@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,8 @@ from kdfast.errors import UsageError, unknown
 class Option:
     """A number or word of a method that the user may set: flag, help and recipe key come from it.
 
-    `flag` defaults to `--METHOD-NAME`; `positive` refuses values up to 0.
+    `flag` defaults to `--METHOD-NAME`; `positive` refuses values up to 0, `least`
+    those below it.
     """
 
     default: Any
@@ -24,6 +26,27 @@ class Option:
     choices: tuple[str, ...] = ()
     flag: str | None = None
     positive: bool = False
+    least: float | None = None
+
+    def checked(self, what: str, value: Any) -> Any:
+        """`value` in the default's type; raises `UsageError` about `what` when it cannot be."""
+        if self.choices:
+            if value not in self.choices:
+                raise unknown(f"value of {what}", str(value), self.choices)
+            return value
+        if isinstance(self.default, bool) or not isinstance(self.default, int | float):
+            return value
+        try:
+            number = type(self.default)(value)
+        except (TypeError, ValueError, OverflowError):
+            raise UsageError(f"{what} must be a number, got {value!r}") from None
+        if not math.isfinite(number) or isinstance(value, bool):
+            raise UsageError(f"{what} must be a finite number, got {value!r}")
+        if self.positive and number <= 0:
+            raise UsageError(f"{what} must be above 0, got {value}")
+        if self.least is not None and number < self.least:
+            raise UsageError(f"{what} must be {self.least:g} or more, got {value}")
+        return number
 
 
 @dataclass(frozen=True)
@@ -72,11 +95,7 @@ class Method(nn.Module):
         super().__init__()
         for key, option in self.options().items():
             value = options.pop(key, option.default)
-            if option.choices and value not in option.choices:
-                raise unknown(f"value of {self.name} {key}", str(value), option.choices)
-            if option.positive and not value > 0:
-                raise UsageError(f"method {self.name}: {key} must be above 0, got {value}")
-            setattr(self, key, value)
+            setattr(self, key, option.checked(f"{self.name} {key}", value))
         if options:
             raise unknown(f"option of method {self.name}", next(iter(options)), self.options())
 

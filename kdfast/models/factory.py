@@ -165,7 +165,8 @@ def _rejected(name: str, error: Exception, given: dict) -> Exception:
     if not (given or foreign):
         return error
     shown = ", ".join(f"{key}={value}" for key, value in given.items())
-    return UsageError(f"model {name} cannot be built so: {message}" + f" (given {shown})" * bool(given))
+    shown = f" (given {shown})" if given else ""
+    return UsageError(f"model {name} cannot be built so: {message}{shown}")
 
 
 def architecture(model: nn.Module) -> str:

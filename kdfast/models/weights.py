@@ -94,8 +94,9 @@ def save_weights(path: str | Path, model: nn.Module, metadata: Mapping[str, obje
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        if temporary.exists():
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

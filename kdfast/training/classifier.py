@@ -22,6 +22,7 @@ from kdfast.training.setup import (
     metadata,
     plain,
     preparer,
+    try_out,
 )
 
 
@@ -36,7 +37,11 @@ def train_classifier(
     resume: bool,
 ) -> dict[str, Any]:
     """Train `model` with cross-entropy into `run`; returns the run's results, already written."""
+    arguments = plain(options, processes=accelerator.num_processes)
     on_main(accelerator, lambda: run.check(resume=resume))
+    if resume:
+        on_main(accelerator, lambda: run.check_same(arguments))
+    try_out(model, inputs, data.classes)
     train, held_out = make_loaders(options, data, inputs, accelerator)
     objective = Objective(Taps(model, []), label_smoothing=options.smoothing)
     trainer = Trainer(
@@ -51,7 +56,7 @@ def train_classifier(
         resume=resume,
     )
     on_main(accelerator, lambda: run.create(resume=resume))
-    on_main(accelerator, lambda: run.write_arguments(plain(options)))
+    on_main(accelerator, lambda: run.write_arguments(arguments))
     scores = trainer.fit()
     results = describe(run, options, accelerator, train.plan.global_batch, model, inputs, scores)
     on_main(accelerator, lambda: run.write_results(results))

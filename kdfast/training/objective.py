@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdfast.errors import UsageError, unknown
-from kdfast.methods import Method, Outputs, Pairing, find_method
+from kdfast.methods import Method, Option, Outputs, Pairing, find_method
 from kdfast.models import Taps, default_stages, pair_stages, penultimate
 
 
@@ -46,26 +46,22 @@ def choose_methods(options: argparse.Namespace) -> Choice:
     weights = {name: find_method(name).default_weight for name in names}
     chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
     gamma = None
-    for layer in options.layers_of_methods:
-        found: dict[frozenset, dict] = {}
-        for key, entry in layer.items():
-            found[frozenset(find_method(part).name for part in key.split("+"))] = dict(entry)
+    for where, layer in options.layers_of_methods:
+        found = _checked(where, layer)
         for name in names:
             entry = found.get(frozenset([name]), {})
             if "refuse" in entry:
                 raise UsageError(entry["refuse"])
             own_gamma = entry.pop("gamma", None)
             if len(names) == 1 and own_gamma is not None:
-                gamma = float(own_gamma)
-            weights[name] = float(entry.pop(find_method(name).weight_flag, weights[name]))
+                gamma = own_gamma
+            weights[name] = entry.pop(find_method(name).weight_flag, weights[name])
             chosen[name] |= entry
         if len(names) > 1:
             entry = found.get(frozenset(names), {})
-            gamma = float(entry.pop("gamma")) if "gamma" in entry else gamma
+            gamma = entry.get("gamma", gamma)
             for name in names:
-                weights[name] = float(entry.get(find_method(name).weight_flag, weights[name]))
-            for key in entry.keys() - {"alpha", "beta"}:
-                raise unknown("key of a combination of methods", key, ["alpha", "beta", "gamma"])
+                weights[name] = entry.get(find_method(name).weight_flag, weights[name])
     for dest, value in vars(options).items():
         name, dot, key = dest.partition(".")
         if not dot or dest not in options.given:
@@ -84,6 +80,30 @@ def choose_methods(options: argparse.Namespace) -> Choice:
     return Choice(chosen, weights, gamma)
 
 
+_WEIGHT = Option(1.0, "weight of a term", least=0.0)
+
+
+def _checked(where: str, layer: dict) -> dict[frozenset, dict]:
+    """A file's `methods` by the names they hold for, unused ones checked as well."""
+    found = {}
+    for key, entry in layer.items():
+        try:
+            classes = [find_method(part) for part in str(key).split("+")]
+        except UsageError as error:
+            raise UsageError(f"{where}: methods: {error}") from None
+        options: dict[str, Option] = {"gamma": _WEIGHT}
+        options |= {cls.weight_flag: _WEIGHT for cls in classes}
+        if len(classes) == 1:
+            options |= classes[0].options() | {"refuse": Option("", "why it is not served")}
+        for option in entry.keys() - options.keys():
+            raise unknown(f"option in {where}: methods: {key}:", str(option), options)
+        found[frozenset(cls.name for cls in classes)] = {
+            option: options[option].checked(f"{where}: methods: {key}: {option}", value)
+            for option, value in entry.items()
+        }
+    return found
+
+
 def _apply_weight_flags(options: argparse.Namespace, weights: dict[str, float]) -> None:
     betas = [name for name in weights if find_method(name).weight_flag == "beta"]
     if options.alpha is not None:
@@ -98,10 +118,7 @@ def _apply_weight_flags(options: argparse.Namespace, weights: dict[str, float]) 
         name = find_method(name).name if equals else betas[0]
         if name not in betas:
             raise UsageError(f"--beta {text}: {name} is not used or has no beta")
-        try:
-            weights[name] = float(value)
-        except ValueError:
-            raise UsageError(f"--beta {text}: '{value}' is not a number") from None
+        weights[name] = _WEIGHT.checked(f"--beta {text}", value)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 
 import yaml
+from timm.optim import get_optimizer_info, list_optimizers
 
-from kdfast.errors import UsageError
+from kdfast.data import dataset_name
+from kdfast.errors import UsageError, unknown
 from kdfast.training.parser import Parser, merge
 from kdfast.training.schedules import OWN_SCHEDULES, SCHEDULES
 
@@ -256,6 +258,12 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         if options.mixed_precision not in (None, "bf16"):
             raise UsageError(f"--amp contradicts --mixed-precision {options.mixed_precision}")
         options.mixed_precision = "bf16"
+    options.dataset = dataset_name(options.dataset)
+    kind = options.opt.lower().rpartition("_")[2]
+    if kind not in list_optimizers():
+        raise unknown("value of --opt", options.opt, list_optimizers())
+    if get_optimizer_info(kind).second_order:
+        raise UsageError(f"--opt {options.opt} needs second-order gradients; choose another")
     for flag, bounds in (("--scale", options.scale), ("--ratio", options.ratio)):
         if not 0 < bounds[0] <= bounds[1]:
             text = " ".join(f"{bound:g}" for bound in bounds)

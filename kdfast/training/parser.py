@@ -18,7 +18,6 @@ import yaml
 
 from kdfast.errors import UsageError, UserError, unknown
 
-
 # What running somebody's module raises when the module is wrong.
 _PLUGIN_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
@@ -144,7 +143,7 @@ def merge(
     `default_recipe(dataset)` names the recipe when none is given; keys of files that are in
     `foreign` belong to other scripts and are passed over. Beside the flags the result has
     `given` (dests set by config or command line) and `layers_of_methods`, the `methods` mappings
-    of recipe and config, weakest first.
+    of recipe and config with the words for where they are, weakest first.
     """
     flags = parser.given(argv)
     config = read_yaml(Path(flags["config"])) if flags.get("config") else {}
@@ -154,23 +153,24 @@ def merge(
     actions = parser.actions()
     options = copy.deepcopy(parser.fallbacks)
     given: set[str] = set()
-    methods: list[dict] = []
+    methods: list[tuple[str, dict]] = []
     layers = ((f"recipe {name}", recipe, False), (str(flags.get("config")), config, True))
     for where, content, chosen in layers:
         content = dict(content)
         layer = content.pop("methods", {})
         if not isinstance(layer, dict) or not all(isinstance(v, dict) for v in layer.values()):
             raise UsageError(f"{where}: methods must map method names to their options")
-        methods.append(layer)
+        methods.append((where, layer))
         for key, value in content.items():
             if key in ("config", "print-config", "plugin"):
                 raise UsageError(f"{where}: {key} is taken from the command line only")
-            if value is None or (value == [] and options.get(key.replace("-", "_"), ()) is None):
-                raise UsageError(f"{where}: {key} needs a value; remove the line for the default")
             if key in actions:
-                options[actions[key].dest] = _convert(key, actions[key], value, where)
+                dest = actions[key].dest
+                if value is None or (value == [] and parser.fallbacks[dest] is None):
+                    raise UsageError(f"{where}: {key} needs a value; without the line it is unset")
+                options[dest] = _convert(key, actions[key], value, where)
                 if chosen:
-                    given.add(actions[key].dest)
+                    given.add(dest)
             elif key not in foreign:
                 raise UsageError(f"{where}: {unknown('key', key, [*actions, *foreign])}")
     options |= flags
@@ -197,7 +197,7 @@ def load_plugin(argv: Sequence[str]) -> None:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
         except _PLUGIN_ERRORS as error:
             frames = traceback.extract_tb(error.__traceback__)
-            lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+            lines = [frame.lineno for frame in frames if frame.filename == str(path.absolute())]
             where = f", line {lines[-1]}" if lines else ""
             raise UsageError(f"plugin {path}{where}: {type(error).__name__}: {error}") from None
         except UserError as error:

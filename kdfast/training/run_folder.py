@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import io
 import json
 import os
 import platform
@@ -40,13 +42,49 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a reader sees the old file or the new one, never half of it."""
+    """Replace `path` by `text`; a reader sees the old file or the new one, never half of it.
+
+    Raises `UserError` when it cannot be written; the old file is then as it was.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if temporary.exists():
+            temporary.unlink()
+        raise _not_written(path, error) from None
+
+
+def _not_written(path: Path, error: OSError) -> UserError:
+    reason = error.strerror or error
+    return UserError(f"cannot write {path}: {reason}; what was saved before is intact")
+
+
+# Options that a resumed run must share with the run it goes on with.
+_IDENTITY = (
+    "dataset", "train-limit", "model", "model-kwargs", "teacher", "teacher-checksum", "method",
+    "methods", "opt", "model-ema", "seed", "processes",
+)  # fmt: skip
+
+
+def choose_run(options: argparse.Namespace, name: str) -> RunFolder:
+    """The folder of `--resume PATH`; else --experiment, or `name`, below --output.
+
+    Raises `UserError` when there is no run at PATH.
+    """
+    if options.resume in (None, "auto"):
+        return RunFolder(Path(options.output) / (options.experiment or name))
+    run = RunFolder(Path(options.resume))
+    if not run.arguments.is_file():
+        raise UserError(
+            f"no run to resume at {run.path}: it holds no args.yaml; give a run folder, or "
+            "--resume auto to start where there is none"
+        )
+    return run
 
 
 class RunFolder:
@@ -60,6 +98,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
+        self.arguments = path / "args.yaml"
         self.summary = path / "summary.csv"
         self.results = path / "results.json"
 
@@ -84,9 +123,29 @@ class RunFolder:
                 f"cannot write run folder {self.path}: {error.strerror}; give another --output"
             ) from None
 
+    def check_same(self, arguments: dict[str, Any]) -> None:
+        """Refuse to go on with a run of other networks, data, methods, seed or processes."""
+        if not self.arguments.exists():
+            return
+        try:
+            before = yaml.safe_load(self.arguments.read_text())["options"]
+            differing = [key for key in _IDENTITY if before.get(key) != arguments.get(key)]
+        except (UnicodeDecodeError, yaml.YAMLError, TypeError, LookupError, AttributeError):
+            raise UserError(f"{self.arguments} is damaged; the run cannot be resumed") from None
+        if differing:
+            key = differing[0]
+            theirs, ours = (
+                f"{key} {values[key]}" if key in values else f"no {key}"
+                for values in (before, arguments)
+            )
+            raise UsageError(
+                f"cannot resume {self.path}: it was made with {theirs}, now there is {ours}; give "
+                "the same options, or another --experiment to start anew"
+            )
+
     def write_arguments(self, arguments: dict[str, Any]) -> None:
         content = {"options": arguments, "environment": environment()}
-        write_atomic(self.path / "args.yaml", yaml.safe_dump(content, sort_keys=False))
+        write_atomic(self.arguments, yaml.safe_dump(content, sort_keys=False))
 
     def keep_rows(self, epochs: int) -> None:
         """Cut the summary back to its first `epochs` epochs, as a resumed run needs it."""
@@ -95,14 +154,21 @@ class RunFolder:
             write_atomic(self.summary, "".join(lines[: epochs + 1]))
 
     def append_row(self, row: dict[str, Any]) -> None:
-        new = not self.summary.exists()
-        with self.summary.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            os.fsync(file.fileno())
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, row)
+        size = self.summary.stat().st_size if self.summary.exists() else 0
+        if not size:
+            writer.writeheader()
+        writer.writerow(row)
+        try:
+            with self.summary.open("a", newline="") as file:
+                file.write(text.getvalue())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if self.summary.exists():
+                os.truncate(self.summary, size)
+            raise _not_written(self.summary, error) from None
 
     def write_results(self, results: dict[str, Any]) -> None:
         write_atomic(self.results, json.dumps(results, indent=2) + "\n")

@@ -38,6 +38,8 @@ def start(options: argparse.Namespace, *, all_parameters_used: bool = True) -> A
     """The accelerator of this process: GPU where there is one, else CPU, one process or many."""
     gpu = torch.cuda.is_available()
     precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16", "fp16"):
+        raise UsageError(f"mixed precision {precision} is not supported; use bf16, fp16 or no")
     if precision == "fp16" and not gpu:
         raise UsageError("--mixed-precision fp16 needs a GPU; use bf16 on a CPU")
     if options.ops:
@@ -94,6 +96,41 @@ def choose_inputs(options: argparse.Namespace, data: ImageData, model: nn.Module
     if min(std) <= 0:
         raise UsageError(f"--std must be above 0, got {' '.join(map(str, std))}")
     return Inputs(size, tuple(mean), tuple(std))
+
+
+def try_out(model: nn.Module, inputs: Inputs, classes: int) -> None:
+    """Refuse a network that cannot take such images or does not answer with a logit a class."""
+    name, size = architecture(model), f"{inputs.size[0]}x{inputs.size[1]}"
+    training = model.training
+    try:
+        with torch.no_grad():
+            answer = model.eval()(torch.zeros(1, 3, *inputs.size))
+    except (RuntimeError, ValueError, TypeError, AssertionError, LookupError) as error:
+        raise UsageError(
+            f"{name} fails on {size} images: {str(error) or type(error).__name__}; "
+            "choose another --img-size or another network"
+        ) from None
+    finally:
+        model.train(training)
+    shape = list(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
+    if shape != [1, classes]:
+        raise UsageError(
+            f"{name} answers one image with {shape}, not with the {classes} logits of a classifier"
+        )
+
+
+def recorded_inputs(path: Path, known: dict[str, Any]) -> Inputs | None:
+    """What the network in weights file `path` was trained on; None where `known` does not say."""
+    if not {"input_size", "mean", "std"} <= known.keys():
+        return None
+    try:
+        _, height, width = map(int, known["input_size"])
+        mean, std = (tuple(float(x) for x in known[key]) for key in ("mean", "std"))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its input_size, mean or std is no list of numbers: {error}") from None
+    if min(height, width) < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise UserError(f"{path}: its input_size, mean or std is impossible")
+    return Inputs((height, width), mean, std)
 
 
 def build_model(options: argparse.Namespace, classes: int, *, seed_name: str) -> nn.Module:
