@@ -26,7 +26,7 @@ def unknown(kind: str, name: str, choices: Iterable[str], *, limit: int = 3) -> 
     """A `UsageError` for an unknown `name` that lists the closest of `choices`."""
     choices = sorted(set(choices))
     close = difflib.get_close_matches(name, choices, n=limit, cutoff=0.5)
-    if len(choices) <= limit or not close and len(choices) <= 12:
+    if len(choices) <= (limit if close else 12):
         close = choices
     hint = f"; did you mean {', '.join(close)}?" if close else ""
     return UsageError(f"unknown {kind} '{name}'{hint}")

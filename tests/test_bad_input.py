@@ -39,8 +39,11 @@ EITHER = [
     ("--model torchvision.model:alexnet", "cannot import torchvision.model"),
     ("--model :alexnet", "module.path:function"),
     ("--model torchvision.models:alexnet", "32x32", "--img-size"),
-    ("--model torchvision.models.segmentation:fcn_resnet50 --model-kwargs "
-     "weights_backbone=null", "fcn_resnet50", "logits"),
+    (
+        "--model torchvision.models.segmentation:fcn_resnet50 --model-kwargs weights_backbone=null",
+        "fcn_resnet50",
+        "logits",
+    ),
     ("--model os:getcwd", "os:getcwd", "num_classes"),
     ("--model collections:OrderedDict", "not a torch module"),
     ("--model-kwargs depth", "--model-kwargs", "key=value"),
@@ -51,6 +54,7 @@ EITHER = [
     ("--model-kwargs num_classes=7", "num_classes", "--num-classes"),
     ("--model vit_tiny_patch16_224 --img-size 8", "vit_tiny_patch16_224", "8x8"),
     ("--dataset digit", "did you mean digits"),
+    ("--val-split test", "--val-split"),
     ("--dataset torch/nothing", "torch/nothing"),
     ("--dataset wds/set", "wds/set", "stream"),
     ("--num-classes 7", "--num-classes 7", "10 classes"),
@@ -88,6 +92,9 @@ DISTILLED = [
     ("--student-layers layer3 --teacher-layers lair3", "unknown layer 'lair3'", "layer3"),
     ("--student-layers layer3", "--student-layers and --teacher-layers"),
     ("--student-layers layer2 layer3 --teacher-layers layer3", "2 --student-layers", "1 --teacher"),
+    ("--method fsp --student-layers layer3 --teacher-layers layer3", "at least two layers"),
+    ("--method at --student-layers layer3 --teacher-layers fc", "teacher layer fc", "[2, 10]"),
+    ("--method fsp --student-layers conv1 fc --teacher-layers conv1 fc", "student layer fc"),
     ("--method fsp --student cifar_resnet8x4", "equal channels", "16", "32", "method at"),
     ("--teacher cifar_resnet21", "did you mean", "cifar_resnet20"),
     ("--teacher-kwargs colour=1", "cifar_resnet20", "'colour'"),
@@ -206,8 +213,10 @@ def test_set_without_class_count(refused, monkeypatch):
 
 def test_both_spellings_are_one_flag(run_script):
     printed = []
-    for flags in (["--weight-decay", "1", "--global-batch-size=8"],
-                  ["--weight_decay", "1", "--global_batch_size=8"]):
+    for flags in (
+        ["--weight-decay", "1", "--global-batch-size=8"],
+        ["--weight_decay", "1", "--global_batch_size=8"],
+    ):
         code, out, _ = run_script(DISTILL, "--print-config", *flags)
         assert code == 0 and "weight-decay: 1.0" in out and "global-batch-size: 8" in out
         printed.append(out)

@@ -112,7 +112,7 @@ def test_cifar_resnet_is_a_timm_model():
 
 @pytest.mark.parametrize("kwargs", [{"init": "he"}, {"stem_kernel": 5}])
 def test_cifar_resnet_refuses_other_values(kwargs):
-    with pytest.raises(ValueError, match=f"{next(iter(kwargs))} must be"):
+    with pytest.raises(UsageError, match=f"{next(iter(kwargs))} must be"):
         create_model("cifar_resnet8", **kwargs)
 
 

@@ -135,7 +135,7 @@ KD_CLONES void slope_positions(const T* __restrict__ x, int64_t rows, int64_t le
 // gradient = slope of the map's position * energy_slope(F) for one sample. `slope(start, count,
 // to)` writes the slopes of positions [start, start + count).
 template <typename A, typename Slope>
-void channel_mean_backward(const Feature& feature, int64_t sample, double power,
+void channel_gradient(const Feature& feature, int64_t sample, double power,
                            const Slope& slope, void* gradient) {
   const int64_t channels = feature.channels, positions = feature.positions;
   const int64_t size = channels * positions;
@@ -230,7 +230,7 @@ Tensor attention_map_backward(Tensor grad, Tensor feature, Tensor map, Tensor no
       const auto slope = [&](int64_t start, int64_t count, A* to) {
         for (int64_t i = 0; i < count; ++i) to[i] = factor * (g[start + i] - along * q[start + i]);
       };
-      channel_mean_backward<A>(view, sample, power, slope, out);
+      channel_gradient<A>(view, sample, power, slope, out);
     });
   });
   return gradient;
@@ -318,7 +318,7 @@ std::vector<Tensor> attention_loss_backward(Tensor grad, std::vector<Tensor> fea
         const auto slope = [&](int64_t start, int64_t count, A* to) {
           for (int64_t k = 0; k < count; ++k) to[k] = slope_at(own[start + k], other[start + k]);
         };
-        channel_mean_backward<A>(view, sample, power, slope, out[i]);
+        channel_gradient<A>(view, sample, power, slope, out[i]);
       }
     });
   });

@@ -347,6 +347,8 @@ def open_data(
     data_dir = Path(data_dir) if data_dir is not None else None
     splits = (train_split, eval_split)
     name = dataset_name(name)
+    if name in _NAMED and name != "folder" and any(splits):
+        raise UsageError(f"{name} has its own two splits; drop --train-split and --val-split")
     if name in _NAMED:
         data = _NAMED[name](data_dir, download, splits)
     else:

@@ -37,7 +37,7 @@ def _load(name: str) -> str | None:
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return f"{found[0].name} does not load: {error}"
+        return f"{found[0].name} does not load: {error.__cause__ or error}"
     return None
 
 

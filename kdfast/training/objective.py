@@ -176,6 +176,15 @@ def _pairs(taps: str, student, teacher, student_layers, teacher_layers) -> list[
     return pairs
 
 
+def _require_maps(method: Method, whose: str, layers: Sequence[str], shapes: Sequence) -> None:
+    for layer, shape in zip(layers, shapes, strict=True):
+        if len(shape) != 4:
+            raise UsageError(
+                f"method {method.name} needs feature maps, but {whose} layer {layer} passes "
+                f"{list(shape)}; choose a layer before the pooling"
+            )
+
+
 class Objective(nn.Module):
     """Student and methods as one module, so that one wrapper (DDP, compile) holds all that trains.
 
@@ -209,15 +218,17 @@ class Objective(nn.Module):
         """Let every method check its pair of networks and create what it trains."""
         for method in self.methods:
             ours, theirs = self.views[method.name]
-            method.setup(
-                Pairing(
-                    tuple(plan.student_layers[i] for i in ours),
-                    tuple(plan.teacher_layers[i] for i in theirs),
-                    tuple(student_shapes[i] for i in ours),
-                    tuple(teacher_shapes[i] for i in theirs),
-                    classes,
-                )
+            pairing = Pairing(
+                tuple(plan.student_layers[i] for i in ours),
+                tuple(plan.teacher_layers[i] for i in theirs),
+                tuple(student_shapes[i] for i in ours),
+                tuple(teacher_shapes[i] for i in theirs),
+                classes,
             )
+            if method.taps() in ("stages", "stem+stages"):
+                _require_maps(method, "student", pairing.student_layers, pairing.student_shapes)
+                _require_maps(method, "teacher", pairing.teacher_layers, pairing.teacher_shapes)
+            method.setup(pairing)
 
     def forward(
         self,

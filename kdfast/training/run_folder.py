@@ -151,17 +151,18 @@ class RunFolder:
         """Cut the summary back to its first `epochs` epochs, as a resumed run needs it."""
         if self.summary.exists():
             lines = self.summary.read_text().splitlines(keepends=True)
-            write_atomic(self.summary, "".join(lines[: epochs + 1]))
+            if len(lines) > epochs + 1:
+                write_atomic(self.summary, "".join(lines[: epochs + 1]))
 
     def append_row(self, row: dict[str, Any]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, row, lineterminator="\n")
         size = self.summary.stat().st_size if self.summary.exists() else 0
         if not size:
             writer.writeheader()
         writer.writerow(row)
         try:
-            with self.summary.open("a", newline="") as file:
+            with self.summary.open("a") as file:
                 file.write(text.getvalue())
                 file.flush()
                 os.fsync(file.fileno())

@@ -20,7 +20,7 @@ def script(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str] | N
 
     @wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
-        name = os.path.basename(sys.modules[main.__module__].__file__ or "kdfast")
+        name = os.path.basename(main.__code__.co_filename)
         try:
             main(sys.argv[1:] if argv is None else list(argv))
         except UserError as error:

@@ -127,7 +127,7 @@ def recorded_inputs(path: Path, known: dict[str, Any]) -> Inputs | None:
         _, height, width = map(int, known["input_size"])
         mean, std = (tuple(float(x) for x in known[key]) for key in ("mean", "std"))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: its input_size, mean or std is no list of numbers: {error}") from None
+        raise UserError(f"{path}: no numbers in its input_size, mean or std: {error}") from None
     if min(height, width) < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise UserError(f"{path}: its input_size, mean or std is impossible")
     return Inputs((height, width), mean, std)
