@@ -26,8 +26,20 @@ def run(output: Path, name: str, seed: int, flags: list[str]) -> Path:
     """The run folder of one seed, trained now unless it is complete."""
     folder = output / f"{name}-s{seed}"
     if not (folder / "results.json").exists():
-        command = [sys.executable, ROOT / "train/distill.py", "--seed", str(seed), "--resume", "auto",
-                   "--output", output, "--experiment", folder.name, "--baseline", *flags]  # fmt: skip
+        command = [
+            sys.executable,
+            ROOT / "train/distill.py",
+            "--seed",
+            str(seed),
+            "--resume",
+            "auto",
+            "--output",
+            output,
+            "--experiment",
+            folder.name,
+            "--baseline",
+            *flags,
+        ]
         print(f"seed {seed}", flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
@@ -39,7 +51,9 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--name", default="digits", help="of the result file")
     parser.add_argument("--output", type=Path, default=Path("output/accuracy"))

@@ -106,7 +106,16 @@ def image_folder(tmp_path) -> Path:
 def teacher_run(tmp_path_factory) -> Path:
     """Run folder of a cifar_resnet8 trained a little on digits."""
     folder = tmp_path_factory.mktemp("teacher")
-    flags = ["--model", "cifar_resnet8", "--epochs", "1", "--train-limit", "256", "--output", str(folder)]
+    flags = [
+        "--model",
+        "cifar_resnet8",
+        "--epochs",
+        "1",
+        "--train-limit",
+        "256",
+        "--output",
+        str(folder),
+    ]
     assert load_script("train/classifier.py").main([*flags, "--experiment", "teacher"]) == 0
     return folder / "teacher"
 

@@ -181,11 +181,7 @@ def loader(workers, seed=0, **plan):
 
 def epoch_of(loader, epoch):
     batches = list(loader.epoch(epoch))
-    return {
-        int(i): image
-        for b in batches
-        for i, image in zip(b.indices, b.images, strict=True)
-    }
+    return {int(i): image for b in batches for i, image in zip(b.indices, b.images, strict=True)}
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index():
@@ -201,7 +197,9 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index():
     )
     assert all(torch.equal(first[i], image) for i, image in epoch_of(other_batches, 1).items())
     assert any(not torch.equal(first[i], image) for i, image in epoch_of(alone, 2).items())
-    assert any(not torch.equal(first[i], image) for i, image in epoch_of(loader(0, seed=1), 1).items())
+    assert any(
+        not torch.equal(first[i], image) for i, image in epoch_of(loader(0, seed=1), 1).items()
+    )
 
 
 def test_loading_leaves_global_randomness_alone():

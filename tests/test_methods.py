@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from pathlib import Path
@@ -40,7 +41,9 @@ LOG3 = math.log(3)
 
 def term(name, student, teacher, **options):
     """The term of method `name` between two (logits, features) pairs."""
-    as_outputs = (Outputs(t if t is not None else torch.zeros(1, 2), f) for t, f in (student, teacher))
+    as_outputs = (
+        Outputs(t if t is not None else torch.zeros(1, 2), f) for t, f in (student, teacher)
+    )
     return find_method(name)(**options)(*as_outputs, torch.tensor([0]))
 
 
@@ -128,7 +131,9 @@ def test_fsp_by_hand():
     first = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
     second, other = (torch.tensor([3.0, x]).view(1, 2, 1, 1) for x in (4.0, 5.0))
     assert fsp_matrix(first, second)[0].tolist() == [[3, 4], [6, 8]]
-    assert term("fsp", (None, (first, second)), (None, (first, other))).item() == pytest.approx(1.25)
+    assert term("fsp", (None, (first, second)), (None, (first, other))).item() == pytest.approx(
+        1.25
+    )
     ramp, ones = torch.arange(16.0).view(1, 1, 4, 4), torch.ones(1, 1, 2, 2)
     assert fsp_matrix(ramp, ones, "avg").item() == 7.5
     assert fsp_matrix(ramp, ones, "max").item() == 10.0
@@ -143,7 +148,11 @@ def test_fsp_against_the_broadcast_form():
 
 def test_fsp_refuses_unequal_channels():
     pairing = Pairing(
-        ("a", "b"), ("c", "d"), (torch.Size([2, 16, 8, 8]),) * 2, (torch.Size([2, 32, 8, 8]),) * 2, 10
+        ("a", "b"),
+        ("c", "d"),
+        (torch.Size([2, 16, 8, 8]),) * 2,
+        (torch.Size([2, 32, 8, 8]),) * 2,
+        10,
     )
     with pytest.raises(UsageError, match=r"equal channels.*student layer a has 16.*use method at"):
         find_method("fsp")().setup(pairing)
@@ -167,7 +176,9 @@ def objective_on(choice, logits, features=(), **kwargs):
     methods = [find_method(name)(**chosen) for name, chosen in choice.methods.items()]
     everything = list(range(len(features)))
     views = {m.name: (everything if m.taps() != "none" else [],) * 2 for m in methods}
-    return Objective(Fixed(logits, features), methods, choice.weights, choice.gamma, views, **kwargs)
+    return Objective(
+        Fixed(logits, features), methods, choice.weights, choice.gamma, views, **kwargs
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,7 +230,7 @@ def test_preset_self_reproduces_its_combination_rules():
         return torch.einsum("bixy,bjxy->bij", a, b) / 25
 
     at = sum((attention(s) - attention(t)).square().mean() for s, t in zip(*maps, strict=True))
-    pairs = [[gram(a, b) for a, b in zip(m, m[1:], strict=False)] for m in maps]
+    pairs = [[gram(a, b) for a, b in itertools.pairwise(m)] for m in maps]
     fsp = sum((s - t).square().mean() for s, t in zip(*pairs, strict=True))
     expected = {
         ("logits",): (ce + (pooled[0] - pooled[1]).square().mean(), [[p] for p in pooled]),
@@ -242,7 +253,10 @@ def test_preset_self_reproduces_its_combination_rules():
         (["--method", "kdd"], "unknown method 'kdd'; did you mean kd"),
         (["--method", "kd", "--beta", "3"], "no method with a beta"),
         (["--method", "at", "--alpha", "3"], "kd, which is not used"),
-        (["--method", "at", "fsp", "--beta", "3", "--recipe", "self"], "does not say of which method"),
+        (
+            ["--method", "at", "fsp", "--beta", "3", "--recipe", "self"],
+            "does not say of which method",
+        ),
         (["--method", "at", "--beta", "fsp=3"], "fsp is not used"),
         (["--method", "at", "--beta", "at=x"], "at=x must be a number, got 'x'"),
         (["--method", "kd", "--alpha", "1.5"], "makes gamma negative; give --gamma"),
@@ -297,7 +311,9 @@ def test_fused_and_twin_train_alike(layout):
         student, teacher = (net.to(memory_format=layout) for net in (student, teacher.eval()))
         instance = find_method("at")()
         plan = plan_taps([instance], student, teacher)
-        objective = Objective(Taps(student, plan.student_layers), [instance], {"at": 100.0}, 1.0, plan.views)
+        objective = Objective(
+            Taps(student, plan.student_layers), [instance], {"at": 100.0}, 1.0, plan.views
+        )
         images = torch.randn(5, 3, 32, 32).contiguous(memory_format=layout)
         with torch.no_grad():
             answer = Taps(teacher, plan.teacher_layers)(images)
@@ -316,7 +332,9 @@ def test_registry_rejects_what_cannot_work():
         method("plain")(dict)
     with pytest.raises(UsageError, match="two methods are called 'kd'"):
         method("kd")(type("Other", (Method,), {"__doc__": "Other."}))
-    with pytest.raises(UsageError, match=r"unknown value of logits compare 'logit'; did you mean feature, logits"):
+    with pytest.raises(
+        UsageError, match=r"unknown value of logits compare 'logit'; did you mean feature, logits"
+    ):
         find_method("logits")(compare="logit")
     with pytest.raises(UsageError, match="unknown option of method kd 'temp'"):
         find_method("kd")(temp=3)

@@ -50,16 +50,55 @@ def test_every_recipe_parses(name):
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("self", {"epochs": 200, "lr": 0.1, "opt": "momentum", "weight_decay": 1e-4, "drop_last": True,
-                  "padding_mode": "reflect", "decay_milestones": [100, 150], "global_batch_size": 128}),
-        ("crd", {"epochs": 240, "lr": 0.05, "opt": "momentum", "weight_decay": 5e-4, "drop_last": False,
-                 "padding_mode": "zeros", "decay_milestones": [150, 180, 210], "global_batch_size": 64}),
-        ("zoo", {"epochs": 200, "lr": 0.1, "opt": "sgd", "weight_decay": 1e-4, "seed": 2,
-                 "padding_mode": "reflect", "decay_milestones": [100, 150], "global_batch_size": 128}),
-        ("self-as-published", {"teacher_bn": "batch", "eval_drop_last": True,
-                               "model_kwargs": {"init": "xavier", "stem_kernel": 7}}),
+        (
+            "self",
+            {
+                "epochs": 200,
+                "lr": 0.1,
+                "opt": "momentum",
+                "weight_decay": 1e-4,
+                "drop_last": True,
+                "padding_mode": "reflect",
+                "decay_milestones": [100, 150],
+                "global_batch_size": 128,
+            },
+        ),
+        (
+            "crd",
+            {
+                "epochs": 240,
+                "lr": 0.05,
+                "opt": "momentum",
+                "weight_decay": 5e-4,
+                "drop_last": False,
+                "padding_mode": "zeros",
+                "decay_milestones": [150, 180, 210],
+                "global_batch_size": 64,
+            },
+        ),
+        (
+            "zoo",
+            {
+                "epochs": 200,
+                "lr": 0.1,
+                "opt": "sgd",
+                "weight_decay": 1e-4,
+                "seed": 2,
+                "padding_mode": "reflect",
+                "decay_milestones": [100, 150],
+                "global_batch_size": 128,
+            },
+        ),
+        (
+            "self-as-published",
+            {
+                "teacher_bn": "batch",
+                "eval_drop_last": True,
+                "model_kwargs": {"init": "xavier", "stem_kernel": 7},
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_presets_of_the_published_studies(recipe, expected):
     options = options_of("--recipe", recipe, "--dataset", "cifar100")
     assert {key: getattr(options, key) for key in expected} == expected
@@ -75,11 +114,26 @@ def test_sgd_is_nesterov_and_momentum_is_not():
 
 
 def test_print_config_gives_the_run_again(run_script, tmp_path):
-    flags = ["--method", "kd", "at", "--beta", 7, "--at-power", 1, "--lr", 0.25, "--save-epochs", 1, 3]
+    flags = [
+        "--method",
+        "kd",
+        "at",
+        "--beta",
+        7,
+        "--at-power",
+        1,
+        "--lr",
+        0.25,
+        "--save-epochs",
+        1,
+        3,
+    ]
     code, first, _ = run_script("train/distill.py", "--print-config", *flags)
     assert code == 0
     printed = yaml.safe_load(first)
-    assert printed["methods"]["at"] == {"beta": 7.0, "power": 1.0} and printed["gamma"] == pytest.approx(0.1)
+    assert printed["methods"]["at"] == {"beta": 7.0, "power": 1.0} and printed[
+        "gamma"
+    ] == pytest.approx(0.1)
     (tmp_path / "again.yaml").write_text(first)
     assert run_script("train/distill.py", "--print-config", "-c", "again.yaml")[1] == first
     assert list(tmp_path.iterdir()) == [tmp_path / "again.yaml"], "printing writes nothing"

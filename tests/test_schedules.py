@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from argparse import Namespace
 
 import pytest
@@ -34,7 +35,7 @@ def rates(lr=1.0, steps=5, **settings):
 def test_log_has_exact_ends_and_a_constant_ratio():
     found = rates(1e-4, sched="log", decades=2, epochs=1000)
     assert found[0] == 1e-4 and found[-1] == pytest.approx(1e-6, rel=1e-14)
-    ratios = [b / a for a, b in zip(found, found[1:], strict=False)]
+    ratios = [b / a for a, b in itertools.pairwise(found)]
     assert max(ratios) - min(ratios) < 1e-12
     assert rates(1e-4, sched="log", epochs=1) == [1e-4]
 
@@ -69,7 +70,7 @@ def test_warm_up_then_constant():
 def test_cosine_on_updates_falls_at_every_step():
     found = rates(sched="cosine", sched_on_updates=True, epochs=4)
     assert len(found) == 20 and found[0] == 1.0
-    assert all(a > b for a, b in zip(found, found[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(found))
 
 
 @pytest.mark.parametrize("sched", SCHEDULES)

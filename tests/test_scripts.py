@@ -39,11 +39,26 @@ def results_of(output: str) -> dict:
 
 def test_accelerate_launch_with_bf16(teacher_run, tmp_path):
     output = launch(
-        BIN / "accelerate", "launch", "--num_processes", 1, "--mixed_precision", "bf16",
-        ROOT / "train/distill.py", "--train-limit", 64, "--eval-limit", 32, "--epochs", 1,
-        "--teacher", "cifar_resnet8", "--teacher-checkpoint", teacher_run, "--no-baseline",
+        BIN / "accelerate",
+        "launch",
+        "--num_processes",
+        1,
+        "--mixed_precision",
+        "bf16",
+        ROOT / "train/distill.py",
+        "--train-limit",
+        64,
+        "--eval-limit",
+        32,
+        "--epochs",
+        1,
+        "--teacher",
+        "cifar_resnet8",
+        "--teacher-checkpoint",
+        teacher_run,
+        "--no-baseline",
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     results = results_of(output)
     assert results["processes"] == 1 and results["last"]["loss"] > 0
     state = load_file(tmp_path / results["run"] / "last.safetensors")
@@ -52,15 +67,34 @@ def test_accelerate_launch_with_bf16(teacher_run, tmp_path):
 
 def test_two_processes_equal_one(teacher_run, tmp_path):
     """The same global batches on one and two processes, an uneven last one included."""
-    flags = (*FEW, "--train-limit", 203, "--freeze-bn", "--no-baseline", "--teacher", "cifar_resnet8",
-             "--teacher-checkpoint", teacher_run)  # fmt: skip
+    flags = (
+        *FEW,
+        "--train-limit",
+        203,
+        "--freeze-bn",
+        "--no-baseline",
+        "--teacher",
+        "cifar_resnet8",
+        "--teacher-checkpoint",
+        teacher_run,
+    )
     one = results_of(
-        launch(sys.executable, ROOT / "train/distill.py", *flags, "--experiment", "one", cwd=tmp_path)
+        launch(
+            sys.executable, ROOT / "train/distill.py", *flags, "--experiment", "one", cwd=tmp_path
+        )
     )
     two = results_of(
-        launch(BIN / "torchrun", "--nproc_per_node", 2, ROOT / "train/distill.py", *flags,
-               "--experiment", "two", cwd=tmp_path)
-    )  # fmt: skip
+        launch(
+            BIN / "torchrun",
+            "--nproc_per_node",
+            2,
+            ROOT / "train/distill.py",
+            *flags,
+            "--experiment",
+            "two",
+            cwd=tmp_path,
+        )
+    )
     assert one["processes"] == 1 and two["processes"] == 2
     assert one["global_batch"] == two["global_batch"] == 64
     assert one["teacher_top1"] == two["teacher_top1"], "every evaluation image counts once"
@@ -72,9 +106,15 @@ def test_two_processes_equal_one(teacher_run, tmp_path):
 
 def test_two_processes_one_error_line_each(tmp_path):
     error = launch(
-        BIN / "torchrun", "--nproc_per_node", 2, ROOT / "train/distill.py", "--global-batch-size", 63,
-        cwd=tmp_path, code=1,
-    )  # fmt: skip
+        BIN / "torchrun",
+        "--nproc_per_node",
+        2,
+        ROOT / "train/distill.py",
+        "--global-batch-size",
+        63,
+        cwd=tmp_path,
+        code=1,
+    )
     assert "distill.py: error: global batch 63 does not divide by 2 processes" in error
     assert "distill.py (process 1): error:" in error and 'File "' not in error.split("error:")[0]
 
@@ -89,9 +129,16 @@ def test_fashion_mnist_pair(run_script, tmp_path, monkeypatch):
     code, out, err = run_script("train/classifier.py", *common, "--model", "cifar_resnet20")
     assert code == 0, err
     code, out, err = run_script(
-        "train/distill.py", *common, "--teacher-checkpoint", results_of(out)["run"],
-        "--student", "cifar_resnet8", "--method", "kd", "at",
-    )  # fmt: skip
+        "train/distill.py",
+        *common,
+        "--teacher-checkpoint",
+        results_of(out)["run"],
+        "--student",
+        "cifar_resnet8",
+        "--method",
+        "kd",
+        "at",
+    )
     assert code == 0, err
     assert results_of(out)["baseline_top1"] is None
 
@@ -103,12 +150,29 @@ def test_vit_teaches_resnet_on_a_folder(run_script, image_folder, tmp_path):
     teacher = create_model("vit_tiny_patch16_224", 2)
     save_weights(tmp_path / "vit.safetensors", teacher, {"architecture": "vit_tiny_patch16_224"})
     code, out, err = run_script(
-        "train/distill.py", "--dataset", "folder", "--data-dir", image_folder, "-b", 3, "--epochs", 1,
-        "--teacher", "vit_tiny_patch16_224", "--teacher-checkpoint", "vit.safetensors",
-        "--student", "resnet18", "--method", "kd", "at",
-    )  # fmt: skip
+        "train/distill.py",
+        "--dataset",
+        "folder",
+        "--data-dir",
+        image_folder,
+        "-b",
+        3,
+        "--epochs",
+        1,
+        "--teacher",
+        "vit_tiny_patch16_224",
+        "--teacher-checkpoint",
+        "vit.safetensors",
+        "--student",
+        "resnet18",
+        "--method",
+        "kd",
+        "at",
+    )
     assert code == 0, err
-    assert "at: blocks.2 -> layer1, blocks.5 -> layer2, blocks.8 -> layer3, blocks.11 -> layer4" in out
+    assert (
+        "at: blocks.2 -> layer1, blocks.5 -> layer2, blocks.8 -> layer3, blocks.11 -> layer4" in out
+    )
     assert results_of(out)["last"]["epoch"] == 1
 
 
@@ -117,22 +181,57 @@ def test_teacher_of_another_size_and_normalisation(run_script, teacher_run, imag
     from kdfast.models import create_model, save_weights
 
     torch.manual_seed(0)
-    record = {"architecture": "cifar_resnet8", "input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.2] * 3}
+    record = {
+        "architecture": "cifar_resnet8",
+        "input_size": [3, 32, 32],
+        "mean": [0.5] * 3,
+        "std": [0.2] * 3,
+    }
     save_weights(tmp_path / "t.safetensors", create_model("cifar_resnet8", 2), record)
-    code, out, err = run_script(
-        "train/distill.py", "--dataset", "folder", "--data-dir", image_folder, "-b", 3, "--epochs", 1,
-        "--teacher", "cifar_resnet8", "--teacher-checkpoint", "t.safetensors", "--student", "resnet18",
-        "--img-size", 48, "--method", "kd", "at",
-    )  # fmt: skip
+    code, _out, err = run_script(
+        "train/distill.py",
+        "--dataset",
+        "folder",
+        "--data-dir",
+        image_folder,
+        "-b",
+        3,
+        "--epochs",
+        1,
+        "--teacher",
+        "cifar_resnet8",
+        "--teacher-checkpoint",
+        "t.safetensors",
+        "--student",
+        "resnet18",
+        "--img-size",
+        48,
+        "--method",
+        "kd",
+        "at",
+    )
     assert code == 0, err
 
 
 def test_own_method(run_script, teacher_run, tmp_path):
     code, out, err = run_script(
-        "train/distill.py", *FEW, "--plugin", ROOT / "docs/own_method.py", "--method", "kd", "similarity",
-        "--similarity-power", 2, "--beta", 3, "--teacher", "cifar_resnet8",
-        "--teacher-checkpoint", teacher_run, "--no-baseline",
-    )  # fmt: skip
+        "train/distill.py",
+        *FEW,
+        "--plugin",
+        ROOT / "docs/own_method.py",
+        "--method",
+        "kd",
+        "similarity",
+        "--similarity-power",
+        2,
+        "--beta",
+        3,
+        "--teacher",
+        "cifar_resnet8",
+        "--teacher-checkpoint",
+        teacher_run,
+        "--no-baseline",
+    )
     assert code == 0, err
     assert "3 * similarity" in out
     arguments = yaml.safe_load((tmp_path / results_of(out)["run"] / "args.yaml").read_text())
@@ -159,8 +258,18 @@ def test_digits_teacher_is_trained_once(run_script, tmp_path):
 
 
 def test_torchcompile(run_script, teacher_run):
-    code, out, err = run_script(
-        "train/distill.py", *FEW, "--teacher", "cifar_resnet8", "--teacher-checkpoint", teacher_run,
-        "--torchcompile", "--no-baseline", "--train-limit", 64, "--eval-limit", 32,
-    )  # fmt: skip
+    code, _out, err = run_script(
+        "train/distill.py",
+        *FEW,
+        "--teacher",
+        "cifar_resnet8",
+        "--teacher-checkpoint",
+        teacher_run,
+        "--torchcompile",
+        "--no-baseline",
+        "--train-limit",
+        64,
+        "--eval-limit",
+        32,
+    )
     assert code == 0, err

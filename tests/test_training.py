@@ -34,11 +34,29 @@ def rows(folder):
 def test_a_distillation_run(run_script, teacher_run, tmp_path):
     before = (teacher_run / "best.safetensors").read_bytes()
     code, out, err = run_script(
-        "train/distill.py", *FAST, "--epochs", 2, "--teacher", "cifar_resnet8",
-        "--teacher-checkpoint", teacher_run, "--method", "kd", "at", "fsp", "logits",
-        "--recipe", "self", "--no-drop-last", "--save-epochs", 1, "--student", "resnet8",
-        "--model-kwargs", "init=default",
-    )  # fmt: skip
+        "train/distill.py",
+        *FAST,
+        "--epochs",
+        2,
+        "--teacher",
+        "cifar_resnet8",
+        "--teacher-checkpoint",
+        teacher_run,
+        "--method",
+        "kd",
+        "at",
+        "fsp",
+        "logits",
+        "--recipe",
+        "self",
+        "--no-drop-last",
+        "--save-epochs",
+        1,
+        "--student",
+        "resnet8",
+        "--model-kwargs",
+        "init=default",
+    )
     assert code == 0, err
     run = tmp_path / "out" / "run"
     results = json.loads(out.splitlines()[-1])
@@ -49,9 +67,20 @@ def test_a_distillation_run(run_script, teacher_run, tmp_path):
     assert 0 <= results["teacher_top1"] <= 100
     table = rows(run)
     assert list(table[0]) == [
-        "epoch", "train_loss", "train_ce", "train_kd", "train_at", "train_fsp", "train_logits",
-        "eval_loss", "eval_top1", "eval_top5", "lr", "images_per_second", "seconds",
-    ]  # fmt: skip
+        "epoch",
+        "train_loss",
+        "train_ce",
+        "train_kd",
+        "train_at",
+        "train_fsp",
+        "train_logits",
+        "eval_loss",
+        "eval_top1",
+        "eval_top5",
+        "lr",
+        "images_per_second",
+        "seconds",
+    ]
     total = {k: float(v) for k, v in table[1].items()}
     args = yaml.safe_load((run / "args.yaml").read_text())["options"]
     weight = {n: m.get("beta", m.get("alpha")) for n, m in args["methods"].items()}
@@ -74,52 +103,96 @@ def test_best_weights_load_with_timm(run_script, tmp_path):
     assert metadata["architecture"] == "cifar_resnet8" and metadata["dataset"] == "digits"
     assert metadata["classes"] == 10 and metadata["input_size"] == [3, 32, 32]
     data = open_data("digits")
-    images = [eval_transform((32, 32), 1.0, "bilinear", 32)(data.eval.read(i)[0]) for i in range(90)]
+    images = [
+        eval_transform((32, 32), 1.0, "bilinear", 32)(data.eval.read(i)[0]) for i in range(90)
+    ]
     x = (torch.stack(images) / 255 - metadata["mean"][0]) / metadata["std"][0]
     with torch.no_grad():
         right = model(x).argmax(1) == torch.tensor(data.eval.labels[:90])
-    assert 100 * right.double().mean() == pytest.approx(json.loads(out.splitlines()[-1])["best"]["top1"])
+    assert 100 * right.double().mean() == pytest.approx(
+        json.loads(out.splitlines()[-1])["best"]["top1"]
+    )
 
 
 def test_tensorboard_shows_every_term(run_script, teacher_run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     code, _, err = run_script(
-        "train/distill.py", *FAST, "--teacher", "cifar_resnet8", "--teacher-checkpoint", teacher_run,
-        "--method", "kd", "at", "--no-baseline",
-    )  # fmt: skip
+        "train/distill.py",
+        *FAST,
+        "--teacher",
+        "cifar_resnet8",
+        "--teacher-checkpoint",
+        teacher_run,
+        "--method",
+        "kd",
+        "at",
+        "--no-baseline",
+    )
     assert code == 0, err
     events = EventAccumulator(str(tmp_path / "out" / "run" / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) >= {
-        "train/loss", "train/ce", "train/kd", "train/at", "train/lr", "eval/top1", "eval/top5",
-        "eval/loss", "train/images_per_second",
-    }  # fmt: skip
+        "train/loss",
+        "train/ce",
+        "train/kd",
+        "train/at",
+        "train/lr",
+        "eval/top1",
+        "eval/top5",
+        "eval/loss",
+        "train/images_per_second",
+    }
 
 
-@pytest.mark.parametrize("extra", [(), ("--model-ema",),
-                                   ("--opt", "adamw", "--lr", "0.001", "--grad-accum-steps", "2")])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra", [(), ("--model-ema",), ("--opt", "adamw", "--lr", "0.001", "--grad-accum-steps", "2")]
+)
 def test_resumed_equals_uninterrupted(run_script, tmp_path, monkeypatch, extra):
     """Stopped after epoch 1 of 3 and resumed: weights, scores and CSV but for timing are equal."""
-    flags = ("--model", "cifar_resnet8", *FEW, "--epochs", 3, "--sched", "constant",
-             "--no-sched-on-updates", *extra)  # fmt: skip
+    flags = (
+        "--model",
+        "cifar_resnet8",
+        *FEW,
+        "--epochs",
+        3,
+        "--sched",
+        "constant",
+        "--no-sched-on-updates",
+        *extra,
+    )
     assert run_script("train/classifier.py", *flags, "--experiment", "whole")[0] == 0
     stop = run_script("train/classifier.py", *flags, "--epochs", 1, "--experiment", "cut")
     assert stop[0] == 0
-    code, out, err = run_script("train/classifier.py", *flags, "--experiment", "cut", "--resume", "auto")
+    code, _out, err = run_script(
+        "train/classifier.py", *flags, "--experiment", "cut", "--resume", "auto"
+    )
     assert code == 0, err
     whole, cut = tmp_path / "out" / "whole", tmp_path / "out" / "cut"
     assert checksum(weights(whole)) == checksum(weights(cut))
-    assert checksum(load_file(whole / "best.safetensors")) == checksum(load_file(cut / "best.safetensors"))
+    assert checksum(load_file(whole / "best.safetensors")) == checksum(
+        load_file(cut / "best.safetensors")
+    )
     timing = ("images_per_second", "seconds")
-    trim = [[{k: v for k, v in row.items() if k not in timing} for row in rows(r)] for r in (whole, cut)]
+    trim = [
+        [{k: v for k, v in row.items() if k not in timing} for row in rows(r)] for r in (whole, cut)
+    ]
     assert trim[0] == trim[1] and len(trim[0]) == 3
     first, second = (json.loads((r / "results.json").read_text()) for r in (whole, cut))
     assert first["best"] == second["best"] and first["last"] == second["last"]
 
 
 def test_accumulation_equals_one_large_batch(run_script, tmp_path):
-    flags = (*FEW, "--epochs", 1, "--model", "cifar_resnet8", "--freeze-bn", "--global-batch-size", 60)
+    flags = (
+        *FEW,
+        "--epochs",
+        1,
+        "--model",
+        "cifar_resnet8",
+        "--freeze-bn",
+        "--global-batch-size",
+        60,
+    )
     for name, steps in (("one", 1), ("three", 3)):
         code, _, err = run_script(
             "train/classifier.py", *flags, "--experiment", name, "--grad-accum-steps", steps
@@ -146,8 +219,16 @@ def test_averaged_weights_are_what_is_saved(run_script, tmp_path):
     assert (still["bn1.running_mean"] == 0).all()
 
 
-@pytest.mark.parametrize("flags", [("--channels-last",), ("--amp", "--train-limit", 64), ("--clip-grad", "1"),
-                                   ("--smoothing", "0.1"), ("--opt", "adamw", "--lr", "0.003")])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--channels-last",),
+        ("--amp", "--train-limit", 64),
+        ("--clip-grad", "1"),
+        ("--smoothing", "0.1"),
+        ("--opt", "adamw", "--lr", "0.003"),
+    ],
+)
 def test_switches_train(run_script, flags):
     code, out, err = run_script("train/classifier.py", *FAST, "--model", "cifar_resnet8", *flags)
     assert code == 0, err
@@ -161,7 +242,9 @@ def pair(names=("kd", "at"), **kwargs):
     plan = plan_taps(methods, student, model)
     same = InputAdapter((0.0,) * 3, (1.0,) * 3, (0.0,) * 3, (1.0,) * 3, (32, 32))
     teacher = Teacher(model, plan.teacher_layers, same, **kwargs)
-    objective = Objective(Taps(student, plan.student_layers), methods, dict.fromkeys(names, 1.0), 1.0, plan.views)
+    objective = Objective(
+        Taps(student, plan.student_layers), methods, dict.fromkeys(names, 1.0), 1.0, plan.views
+    )
     return objective, teacher, model
 
 
@@ -218,7 +301,7 @@ def test_no_host_synchronisation_in_a_step():
     images = torch.randn(4, 3, 32, 32)
     objective.student.calibrate(images), teacher.calibrate(images)
     with Reads():
-        total, terms, _ = objective(images, torch.arange(4), *teacher(images))
+        total, _terms, _ = objective(images, torch.arange(4), *teacher(images))
         total.backward()
     assert Reads.count == 0
 

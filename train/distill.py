@@ -124,7 +124,10 @@ def main(argv: Sequence[str]) -> None:
     say(f"loss = {describe_loss(choice)}")
     for method in methods:
         ours, theirs = plan.views[method.name]
-        pairs = (f"{plan.teacher_layers[j]} -> {plan.student_layers[i]}" for i, j in zip(ours, theirs))
+        pairs = (
+            f"{plan.teacher_layers[j]} -> {plan.student_layers[i]}"
+            for i, j in zip(ours, theirs, strict=True)
+        )
         if ours:
             say(f"{method.name}: {', '.join(pairs)}")
 
@@ -215,9 +218,7 @@ def load_teacher(options: argparse.Namespace, data: ImageData) -> tuple[nn.Modul
     return model, fed
 
 
-def train_teacher(
-    options: argparse.Namespace, accelerator: Accelerator, data: ImageData
-) -> Path:
+def train_teacher(options: argparse.Namespace, accelerator: Accelerator, data: ImageData) -> Path:
     """Train the digits teacher, or take the one that the same options gave before."""
     own = copy.deepcopy(options)
     own.model, own.model_kwargs = options.teacher, dict(options.teacher_kwargs or ())

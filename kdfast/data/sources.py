@@ -165,7 +165,7 @@ def _digits(data_dir: Path | None, download: bool, splits: tuple[str, str]) -> I
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The uint8 array of an idx file (http://yann.lecun.com/exdb/mnist), gzipped or not."""
     try:
-        with (gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read()
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error

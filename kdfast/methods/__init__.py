@@ -17,4 +17,13 @@ from kdfast.methods.base import (
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Method", "Option", "Outputs", "Pairing", "find_method", "method", "method_names", "methods_table"]
+__all__ = [
+    "Method",
+    "Option",
+    "Outputs",
+    "Pairing",
+    "find_method",
+    "method",
+    "method_names",
+    "methods_table",
+]

@@ -164,7 +164,8 @@ def methods_table() -> str:
         text = inspect.cleandoc(cls.__doc__)
         source = " ".join(text.partition("Source:")[2].split()) or "-"
         flags = [
-            f"`{o.flag or f'--{name}-{key}'}` {o.help} ({o.default})" for key, o in cls.options().items()
+            f"`{o.flag or f'--{name}-{key}'}` {o.help} ({o.default})"
+            for key, o in cls.options().items()
         ]
         names = ", ".join(f"`{word}`" for word in (name, *cls.aliases))
         weight = f"{cls.weight_flag} {cls.default_weight:g}"

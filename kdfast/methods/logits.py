@@ -27,8 +27,8 @@ class Logits(Method):
         if self.compare == "feature" and shapes[0] != shapes[1]:
             student, teacher = (list(shape[0][1:]) for shape in shapes)
             raise UsageError(
-                f"method logits compare=feature needs equal widths, but the student has {student} and "
-                f"the teacher {teacher}; use --logits-compare logits"
+                f"method logits compare=feature needs equal widths, but the student has {student} "
+                f"and the teacher {teacher}; use --logits-compare logits"
             )
 
     def forward(self, student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:

@@ -176,9 +176,7 @@ def merge(
                 raise UsageError(f"{where}: {unknown('key', key, [*actions, *foreign])}")
     options |= flags
     options["recipe"] = str(name)
-    return argparse.Namespace(
-        **options, given=given | set(flags), layers_of_methods=methods
-    )
+    return argparse.Namespace(**options, given=given | set(flags), layers_of_methods=methods)
 
 
 def load_plugin(argv: Sequence[str]) -> None:

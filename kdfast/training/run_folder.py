@@ -205,6 +205,8 @@ def environment() -> dict[str, Any]:
         "torchvision": str(torchvision.__version__),
         "timm": timm.__version__,
         "accelerate": accelerate.__version__,
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if gpu
+        else f"CPU, {torch.get_num_threads()} threads",
         "ops": kdfast.ops.active(),
     }

@@ -1,4 +1,4 @@
-"""What surrounds a script's `main`: one line for what a user can cause, an exit code, no traceback."""
+"""What surrounds a script's `main`: an exit code, and one line for what a user can cause."""
 
 from __future__ import annotations
 
