@@ -223,6 +223,17 @@ def test_both_spellings_are_one_flag(run_script):
     assert printed[0] == printed[1]
 
 
+@pytest.mark.parametrize("flags", [[], ["-b", "8"], ["--method", "at", "fsp", "--seed", "3"]])
+def test_printed_config_is_accepted(run_script, tmp_path, flags):
+    code, printed, _ = run_script(DISTILL, "--print-config", *flags)
+    assert code == 0
+    (tmp_path / "mine.yaml").write_text(printed)
+    again = run_script(DISTILL, "--print-config", "--config", "mine.yaml")
+    assert again == (0, printed, "")
+    with pytest.raises(pytest.fail.Exception, match="trains"):
+        run_script(DISTILL, "--config", "mine.yaml")
+
+
 @pytest.mark.parametrize(
     "script, flags, code, word",
     [

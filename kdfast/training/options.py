@@ -414,6 +414,8 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
             raise UsageError(f"--amp contradicts --mixed-precision {options.mixed_precision}")
         options.mixed_precision = "bf16"
     options.dataset = dataset_name(options.dataset)
+    if options.batch_size and "global_batch_size" not in options.given:
+        options.global_batch_size = None  # the recipe's, which -b replaces
     kind = options.opt.lower().rpartition("_")[2]
     if kind not in list_optimizers():
         raise unknown("value of --opt", options.opt, list_optimizers())
@@ -437,7 +439,7 @@ def batch_size(options: argparse.Namespace, processes: int) -> int:
     """
     share = processes * options.grad_accum_steps
     total, own = options.global_batch_size, options.batch_size
-    if own and not ("global_batch_size" in options.given and total != own * share):
+    if own and total in (None, own * share):
         return own
     if own:
         raise UsageError(
