@@ -25,15 +25,15 @@ from kdfast.methods import (
 )
 from kdfast.methods.fsp import fsp_matrix
 from kdfast.models import Taps, create_model
-from kdfast.training.objective import Objective, choose_methods, plan_taps
-from kdfast.training.options import (
+from kdfast.training.flags import (
     data_flags,
     distill_flags,
     model_flags,
-    parse,
     run_flags,
     training_flags,
 )
+from kdfast.training.objective import Objective, choose_methods, plan_taps
+from kdfast.training.options import parse
 from kdfast.training.parser import Parser
 
 LOG3 = math.log(3)

@@ -17,7 +17,8 @@ import sys
 from collections.abc import Sequence
 
 from kdfast.training.classifier import train_classifier
-from kdfast.training.options import data_flags, model_flags, parse, run_flags, training_flags
+from kdfast.training.flags import data_flags, model_flags, run_flags, training_flags
+from kdfast.training.options import parse
 from kdfast.training.parser import Parser
 from kdfast.training.run_folder import choose_run
 from kdfast.training.script import script

@@ -37,16 +37,16 @@ from kdfast.models import (
 )
 from kdfast.training.classifier import describe, fingerprint, train_classifier
 from kdfast.training.evaluate import evaluate
-from kdfast.training.loop import Trainer
-from kdfast.training.objective import Choice, Objective, choose_methods, plan_taps
-from kdfast.training.options import (
+from kdfast.training.flags import (
     data_flags,
     distill_flags,
     model_flags,
-    parse,
     run_flags,
     training_flags,
 )
+from kdfast.training.loop import Trainer
+from kdfast.training.objective import Choice, Objective, choose_methods, plan_taps
+from kdfast.training.options import parse
 from kdfast.training.parser import Parser, load_plugin
 from kdfast.training.run_folder import RunFolder, choose_run, on_main
 from kdfast.training.script import script

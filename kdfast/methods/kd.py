@@ -26,4 +26,4 @@ class SoftTargets(Method):
         log_student = F.log_softmax(student.logits / self.temperature, dim=1)
         log_teacher = F.log_softmax(teacher.logits / self.temperature, dim=1)
         divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-        return self.temperature**2 * divergence
+        return self.temperature * self.temperature * divergence

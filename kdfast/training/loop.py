@@ -21,6 +21,7 @@ from tqdm import tqdm
 from kdfast.data import Loader
 from kdfast.errors import UsageError, UserError
 from kdfast.models import save_weights
+from kdfast.seeding import derive_seed
 from kdfast.training import checkpoint
 from kdfast.training.evaluate import evaluate
 from kdfast.training.objective import Objective
@@ -86,6 +87,9 @@ class Trainer:
         for epoch in range(self.first_epoch, options.epochs):
             started = time.perf_counter()
             self.schedule.start_epoch(epoch)
+            # Dropout is then a function of (seed, epoch, process), whatever ran before.
+            rank = self.accelerator.process_index
+            torch.manual_seed(derive_seed(options.seed, "train", epoch, rank))
             losses, images = self._train_epoch(epoch)
             trained = time.perf_counter() - started
             scores = self._evaluate()

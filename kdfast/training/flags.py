@@ -1,0 +1,327 @@
+"""The flags scripts share, in groups; names are timm's where timm has one."""
+
+from __future__ import annotations
+
+from kdfast.methods import find_method, method_names
+from kdfast.training.parser import Parser
+from kdfast.training.schedules import SCHEDULES
+from kdfast.training.values import amount, assignment, fraction, natural, number, positive, share
+
+
+def data_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    flag = parser.flag
+    flag(
+        group,
+        "--dataset",
+        default="digits",
+        help="digits, fashion-mnist, cifar10, cifar100, "
+        "folder, or a name of timm's create_dataset such as torch/cifar10 or hfds/owner/name",
+    )
+    flag(group, "--data-dir", metavar="PATH", help="where the set's files are")
+    parser.switch(group, "--download", help="fetch the set first where the library can")
+    flag(group, "--train-split", help="name of the training split")
+    flag(group, "--val-split", help="name of the evaluation split")
+    flag(
+        group, "--train-limit", type=positive, metavar="N", help="train on the first N images only"
+    )
+    flag(group, "--eval-limit", type=positive, metavar="N", help="evaluate on the first N only")
+    flag(group, "--num-classes", type=positive, help="class count of a set that does not say")
+    flag(
+        group,
+        "--img-size",
+        type=positive,
+        help="side of the images fed to the network (default: the set's own or the network's)",
+    )
+    flag(
+        group,
+        "--mean",
+        type=number,
+        nargs=3,
+        help="per-channel mean in [0, 1] (default: the set's own or the network's)",
+    )
+    flag(group, "--std", type=number, nargs=3, help="per-channel standard deviation")
+    flag(
+        group,
+        "--train-crop-mode",
+        choices=("pad", "rrc", "rkrc", "none"),
+        help="pad: pad and cut back; rrc, rkrc: random resized crop (default: pad on sets of "
+        "small images, else rrc)",
+    )
+    flag(group, "--crop-padding", type=natural, default=4, help="pixels for crop mode pad")
+    flag(
+        group,
+        "--padding-mode",
+        choices=("zeros", "reflect"),
+        default="zeros",
+        help="what crop mode pad fills with",
+    )
+    flag(
+        group,
+        "--hflip",
+        type=fraction,
+        help="probability of a horizontal flip (default: 0.5; 0 on digits)",
+    )
+    flag(group, "--scale", type=number, nargs=2, default=[0.08, 1.0], help="area range of rrc")
+    flag(group, "--ratio", type=number, nargs=2, default=[3 / 4, 4 / 3], help="ratio range of rrc")
+    flag(group, "--color-jitter", type=amount, default=0.0, help="strength, with rrc or rkrc")
+    flag(group, "--aa", metavar="POLICY", help="timm AutoAugment policy, with rrc or rkrc")
+    parser.switch(group, "--no-aug", help="train on the evaluation pipeline")
+    flag(group, "--crop-pct", type=share, default=0.875, help="centre crop of larger images")
+    flag(
+        group,
+        "--interpolation",
+        choices=("bilinear", "bicubic", "nearest"),
+        default="bilinear",
+        help="how images are resized",
+    )
+    flag(
+        group,
+        "-j",
+        "--workers",
+        type=natural,
+        help="loader processes; results do not depend "
+        "on it (default: 0 for sets in memory on a CPU, else up to 4)",
+    )
+
+
+def model_flags(parser: Parser, *, student: bool) -> None:
+    group = parser.add_argument_group("student" if student else "model")
+    names = ("--model", "--student") if student else ("--model",)
+    parser.flag(
+        group,
+        *names,
+        default="cifar_resnet8" if student else "cifar_resnet20",
+        metavar="NAME",
+        help="any timm name, or module.path:function",
+    )
+    parser.switch(group, "--pretrained", help="start from timm's published weights")
+    parser.flag(group, "--initial-checkpoint", metavar="PATH", help="start from these weights")
+    parser.flag(
+        group,
+        "--model-kwargs",
+        type=assignment,
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments for the model's constructor",
+    )
+
+
+def distill_flags(parser: Parser) -> None:
+    flag = parser.flag
+    group = parser.add_argument_group("teacher")
+    flag(
+        group,
+        "--teacher",
+        default="cifar_resnet20",
+        metavar="NAME",
+        help="any timm name, or module.path:function",
+    )
+    flag(
+        group,
+        "--teacher-checkpoint",
+        metavar="PATH",
+        help="its weights: a file, or a run folder (whose best weights are taken)",
+    )
+    parser.switch(group, "--teacher-pretrained", help="use timm's published weights")
+    flag(
+        group,
+        "--teacher-kwargs",
+        type=assignment,
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="arguments for its constructor (default: those its checkpoint was trained with)",
+    )
+    flag(
+        group,
+        "--teacher-epochs",
+        type=positive,
+        default=8,
+        help="epochs of the teacher that is trained on digits when none is given",
+    )
+    flag(
+        group,
+        "--teacher-bn",
+        choices=("running", "batch"),
+        default="running",
+        help="batch reproduces a published loop that left the teacher in training mode",
+    )
+
+    names = method_names()
+    group = parser.add_argument_group(
+        "method", "The total loss is gamma * cross-entropy + the sum over methods of weight * term."
+    )
+    flag(
+        group,
+        "--method",
+        nargs="+",
+        metavar="NAME",
+        help=f"one or several of {', '.join(names)}; none trains the student alone",
+    )
+    flag(
+        group,
+        "--gamma",
+        type=amount,
+        help="weight of cross-entropy (default: the recipe's, else 1 - alpha with kd, else 1)",
+    )
+    flag(group, "--alpha", type=amount, help="weight of kd")
+    flag(
+        group,
+        "--beta",
+        nargs="+",
+        metavar="[NAME=]VALUE",
+        help="weight of the other methods: one number, or at=1000 fsp=1",
+    )
+    flag(
+        group,
+        "--student-layers",
+        nargs="+",
+        metavar="LAYER",
+        help="layers to match instead of the stages, by dotted name; NAME:in is a layer's input",
+    )
+    flag(group, "--teacher-layers", nargs="+", metavar="LAYER", help="as many of the teacher's")
+    parser.switch(
+        group,
+        "--baseline",
+        default=None,
+        help="also train the student alone, from the "
+        "same initial weights (default: on digits only)",
+    )
+    flag(
+        group,
+        "--plugin",
+        metavar="FILE.py",
+        help="run a Python file of yours that defines methods (command line only)",
+    )
+    for name in names:
+        cls = find_method(name)
+        for key, option in cls.options().items():
+            kind = {"choices": option.choices} if option.choices else {"type": type(option.default)}
+            flag(
+                group,
+                option.flag or f"--{name}-{key.replace('_', '-')}",
+                dest=f"{name}.{key}",
+                metavar=None if option.choices else "VALUE",
+                help=f"{name}: {option.help} (default: {option.default})",
+                **kind,
+            )
+    lines = [f"  {name:8} {find_method(name).__doc__.strip().splitlines()[0]}" for name in names]
+    parser.epilog = "\n".join(["methods:", *lines, "", parser.epilog or ""])
+
+
+def training_flags(parser: Parser) -> None:
+    flag, switch = parser.flag, parser.switch
+    group = parser.add_argument_group("optimisation")
+    flag(group, "--epochs", type=positive, default=240, help="passes over the training set")
+    flag(group, "-b", "--batch-size", type=positive, help="images per process and forward pass")
+    flag(
+        group,
+        "--global-batch-size",
+        type=positive,
+        help="images per optimizer step over all processes; the recipe's way to give the batch",
+    )
+    flag(group, "--grad-accum-steps", type=positive, default=1, help="forward passes per step")
+    switch(group, "--drop-last", help="leave an uneven last training batch out")
+    switch(
+        group,
+        "--eval-drop-last",
+        help="leave an uneven last evaluation batch out, as one published table did",
+    )
+    flag(
+        group,
+        "--opt",
+        default="momentum",
+        help="any timm optimizer; momentum is SGD without Nesterov, sgd with",
+    )
+    flag(group, "--lr", type=amount, default=0.05, help="base learning rate")
+    flag(group, "--momentum", type=fraction, default=0.9, help="where the optimizer has one")
+    flag(group, "--weight-decay", type=amount, default=5e-4, help="on all parameters")
+    switch(group, "--filter-bias-and-bn", help="no weight decay on biases and normalisation")
+    flag(group, "--clip-grad", type=amount, help="largest gradient norm")
+    flag(group, "--smoothing", type=fraction, default=0.0, help="label smoothing")
+    switch(group, "--freeze-bn", help="normalise with running statistics, which stay as they are")
+    switch(group, "--model-ema", help="keep, evaluate and save an average of the weights")
+    flag(group, "--model-ema-decay", type=fraction, default=0.9998, help="of that average")
+
+    group = parser.add_argument_group("learning rate")
+    flag(group, "--sched", choices=SCHEDULES, default="multistep", help="schedule")
+    switch(group, "--sched-on-updates", help="change the rate at every step, for timm's schedules")
+    flag(
+        group,
+        "--decay-milestones",
+        type=natural,
+        nargs="+",
+        default=[150, 180, 210],
+        help="multistep: epochs trained before each drop",
+    )
+    flag(group, "--decay-epochs", type=positive, default=30, help="step: epochs between drops")
+    flag(group, "--decay-rate", type=amount, default=0.1, help="step, multistep: factor of a drop")
+    flag(group, "--decades", type=amount, default=2.0, help="log: powers of ten from first to last")
+    flag(group, "--warmup-epochs", type=natural, default=0, help="linear warm-up")
+    flag(group, "--warmup-lr", type=amount, default=1e-5, help="where timm's warm-up starts")
+    flag(group, "--min-lr", type=amount, default=0.0, help="where timm's schedules end")
+
+    group = parser.add_argument_group("machine")
+    flag(
+        group,
+        "--mixed-precision",
+        choices=("no", "bf16", "fp16"),
+        help="(default: what accelerate launch says, else no)",
+    )
+    switch(group, "--amp", help="the same as --mixed-precision bf16")
+    switch(group, "--channels-last", help="NHWC memory format")
+    switch(group, "--torchcompile", help="compile the training step")
+    flag(
+        group,
+        "--ops",
+        choices=("auto", "fused", "reference"),
+        help="kdfast's own operations: "
+        "compiled, plain PyTorch, or what is there (default: $KDFAST_OPS, else auto)",
+    )
+
+
+def run_flags(parser: Parser) -> None:
+    flag = parser.flag
+    group = parser.add_argument_group("run")
+    flag(group, "-c", "--config", metavar="FILE", help="YAML of flags; flags given here win")
+    flag(
+        group,
+        "--recipe",
+        metavar="NAME",
+        help="published settings by name or .yaml file (default: digits on digits, else crd)",
+    )
+    parser.switch(group, "--print-config", help="print the merged options as YAML and stop")
+    flag(group, "--output", default="output", metavar="PATH", help="where run folders go")
+    flag(
+        group,
+        "--experiment",
+        metavar="NAME",
+        help="name of the run folder (default: from the script, set, method, networks and seed)",
+    )
+    flag(
+        group,
+        "--resume",
+        metavar="PATH",
+        help="go on from a run folder, or `auto`: from this run's own folder if it is there",
+    )
+    flag(group, "--checkpoint-hist", type=positive, default=2, help="checkpoints kept")
+    flag(
+        group,
+        "--save-epochs",
+        type=positive,
+        nargs="+",
+        default=[],
+        help="epochs whose weights are kept in weights/",
+    )
+    flag(group, "--log-interval", type=positive, default=50, help="steps between readings")
+    flag(group, "--seed", type=natural, default=0, help="of everything random")
+
+
+def every_key() -> set[str]:
+    """The YAML keys of all scripts: a recipe serves them all."""
+    parser = Parser()
+    for add in (data_flags, distill_flags, training_flags, run_flags):
+        add(parser)
+    model_flags(parser, student=True)
+    return set(parser.actions())
