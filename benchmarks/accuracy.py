@@ -83,7 +83,7 @@ def main() -> None:
         "",
         f"Per seed, distilled: {', '.join(f'{v:.2f}' for v in last)}; alone: "
         f"{', '.join(f'{v:.2f}' for v in base)}. Recipe {options['recipe']}, "
-        f"{machine['device']}, torch {machine['torch']}, kdfast {machine['kdfast']}.",
+        f"{machine['cpu']}, torch {machine['torch']}, kdfast {machine['kdfast']}.",
     ]
     text = "\n".join(table) + "\n"
     (ROOT / "benchmarks/results" / f"accuracy-{args.name}.md").write_text(text)

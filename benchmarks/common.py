@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kdfast.__main__ import devices, versions
+from kdfast.about import devices, versions
 
 COPY_BYTES = 256 << 20
 

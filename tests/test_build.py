@@ -14,7 +14,7 @@ import torch
 
 import kdfast
 from kdfast import ops
-from kdfast.__main__ import report
+from kdfast.about import report
 from kdfast.ops import _library
 
 ROOT = Path(__file__).parent.parent

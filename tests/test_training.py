@@ -335,3 +335,15 @@ def test_evaluation_counts_every_image_once():
 
     scores = evaluate(network, loader, Accelerator(cpu=True), lambda x: x)
     assert scores["top1"] == 100 and sum(calls) == 360
+
+
+def test_starting_from_weights_keeps_their_normalisation(run_script, tmp_path):
+    flags = ("train/classifier.py", *FEW, "--epochs", 1, "--model", "cifar_resnet8")
+    assert run_script(*flags, "--experiment", "a", "--mean", 0.5, 0.4, 0.3)[0] == 0
+    code, _, err = run_script(
+        *flags, "--experiment", "b", "--initial-checkpoint", "out/a", "--lr", 0
+    )
+    assert code == 0, err
+    first, second = (read_weights(tmp_path / "out" / n / "last.safetensors") for n in "ab")
+    assert second[1]["mean"] == first[1]["mean"] == [0.5, 0.4, 0.3]
+    assert torch.equal(first[0]["fc.weight"], second[0]["fc.weight"])

@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     if options.teacher_checkpoint is None and not options.teacher_pretrained:
         require_digits(options)
 
-    accelerator = start(options, all_parameters_used=choice.gamma > 0 or "kd" in choice.methods)
+    accelerator = start(options)
     data = load_data(options)
     student = build_model(options, data.classes, seed_name="student")
     inputs = choose_inputs(options, data, student)

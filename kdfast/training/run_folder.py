@@ -7,18 +7,16 @@ import csv
 import io
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 import kdfast
+from kdfast import about
 from kdfast.errors import UsageError, UserError
 
 T = TypeVar("T")
@@ -184,29 +182,6 @@ class RunFolder:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and device that made a run."""
-    import accelerate
-    import timm
-    import torchvision
-
-    root = Path(kdfast.__file__).parent.parent
-    commit = None
-    if (root / ".git").exists():
-        asked = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-        )
-        commit = asked.stdout.strip() or None
-    gpu = torch.cuda.is_available()
-    return {
-        "kdfast": kdfast.__version__,
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "timm": timm.__version__,
-        "accelerate": accelerate.__version__,
-        "device": torch.cuda.get_device_name()
-        if gpu
-        else f"CPU, {torch.get_num_threads()} threads",
-        "ops": kdfast.ops.active(),
-    }
+    """Versions, commit and devices that made a run."""
+    found = about.versions() | about.devices()
+    return found | {"commit": about.commit(), "ops": kdfast.ops.active()}

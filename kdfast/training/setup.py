@@ -29,12 +29,19 @@ from kdfast.data import (
     train_transform,
 )
 from kdfast.errors import UsageError, UserError
-from kdfast.models import architecture, create_model, fixed_input_size, input_size, load_weights
+from kdfast.models import (
+    architecture,
+    create_model,
+    fixed_input_size,
+    input_size,
+    load_weights,
+    read_weights,
+)
 from kdfast.seeding import derive_seed
 from kdfast.training.options import batch_size
 
 
-def start(options: argparse.Namespace, *, all_parameters_used: bool = True) -> Accelerator:
+def start(options: argparse.Namespace) -> Accelerator:
     """The accelerator of this process: GPU where there is one, else CPU, one process or many."""
     gpu = torch.cuda.is_available()
     precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -47,9 +54,8 @@ def start(options: argparse.Namespace, *, all_parameters_used: bool = True) -> A
             ops.use(options.ops)
         except RuntimeError as error:
             raise UserError(str(error)) from None
-    wrapper = DistributedDataParallelKwargs(
-        find_unused_parameters=not all_parameters_used, gradient_as_bucket_view=True
-    )
+    # Cross-entropy is in the graph at any gamma, so every parameter of a student is used.
+    wrapper = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(cpu=not gpu, mixed_precision=precision, kwargs_handlers=[wrapper])
 
 
@@ -76,7 +82,10 @@ class Inputs:
 
 
 def choose_inputs(options: argparse.Namespace, data: ImageData, model: nn.Module) -> Inputs:
-    """Flags first, then the set's own size and figures, then what the model was built for."""
+    """Flags first, then the set's own size and figures, then what the model was built for.
+
+    Weights that exist already bring their own mean and std along.
+    """
     config = resolve_data_config(model=model) if hasattr(model, "pretrained_cfg") else {}
     side = data.image_size
     if options.img_size:
@@ -89,10 +98,14 @@ def choose_inputs(options: argparse.Namespace, data: ImageData, model: nn.Module
         raise UsageError(
             f"{architecture(model)} takes {input_size(model)[1]} pixel images, not {size[0]}"
         )
-    pretrained = options.pretrained or options.initial_checkpoint
-    own = data.mean is not None and not pretrained
-    mean = options.mean or (data.mean if own else config.get("mean", IMAGENET_MEAN))
-    std = options.std or (data.std if own else config.get("std", IMAGENET_STD))
+    figures = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
+    if options.initial_checkpoint:
+        path = weights_path(options.initial_checkpoint)
+        recorded = recorded_inputs(path, read_weights(path)[1])
+        figures = (recorded.mean, recorded.std) if recorded else figures
+    elif data.mean is not None and not options.pretrained:
+        figures = data.mean, data.std
+    mean, std = options.mean or figures[0], options.std or figures[1]
     if min(std) <= 0:
         raise UsageError(f"--std must be above 0, got {' '.join(map(str, std))}")
     return Inputs(size, tuple(mean), tuple(std))
