@@ -47,12 +47,16 @@ def term(name, student, teacher, **options):
     return find_method(name)(**options)(*as_outputs, torch.tensor([0]))
 
 
-def options_of(*flags):
+def full_parser():
     parser = Parser()
     for add in (data_flags, distill_flags, training_flags, run_flags):
         add(parser)
     model_flags(parser, student=True)
-    return parse(parser, list(map(str, flags)))
+    return parser
+
+
+def options_of(*flags):
+    return parse(full_parser(), list(map(str, flags)))
 
 
 def choice_of(*flags):

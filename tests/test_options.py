@@ -9,7 +9,7 @@ from kdfast.errors import UsageError
 from kdfast.training.options import batch_size
 from kdfast.training.parser import read_recipe, recipe_names
 
-from test_methods import options_of  # isort: skip
+from test_methods import full_parser, options_of  # isort: skip
 
 
 def test_later_wins(tmp_path):
@@ -160,3 +160,42 @@ def test_help_names_every_method(run_script, capsys):
     for name in method_names():
         assert f"  {name} " in text
     assert "--temperature" in text and "--at-power" in text and "--fsp-pool" in text
+
+
+def test_every_switch_does_what_it_says():
+    """argparse reads a switch whose own name begins with no- as false."""
+    import argparse
+
+    parser = full_parser()
+    for action in parser.actions().values():
+        if isinstance(action, argparse.BooleanOptionalAction):
+            positive, negative = action.option_strings
+            assert not positive.startswith("--no-") and negative == f"--no-{positive[2:]}"
+            assert parser.given([positive]) == {action.dest: True}
+            assert parser.given([negative]) == {action.dest: False}
+
+
+def test_no_aug_trains_on_the_evaluation_pipeline(run_script, tmp_path):
+    flags = (
+        "train/classifier.py",
+        "--model",
+        "cifar_resnet8",
+        "--epochs",
+        1,
+        "--train-limit",
+        64,
+        "--eval-limit",
+        32,
+        "--output",
+        "out",
+    )
+    losses = []
+    for name, extra in {
+        "plain": ["--train-crop-mode", "none"],
+        "off": ["--no-aug", "--train-crop-mode", "pad"],
+        "on": ["--train-crop-mode", "pad"],
+    }.items():
+        code, out, err = run_script(*flags, "--experiment", name, *extra)
+        assert code == 0, err
+        losses.append(out.splitlines()[1].split("ce")[1].split()[0])
+    assert losses[0] == losses[1] != losses[2]

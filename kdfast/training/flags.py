@@ -66,7 +66,9 @@ def data_flags(parser: Parser) -> None:
     flag(group, "--ratio", type=number, nargs=2, default=[3 / 4, 4 / 3], help="ratio range of rrc")
     flag(group, "--color-jitter", type=amount, default=0.0, help="strength, with rrc or rkrc")
     flag(group, "--aa", metavar="POLICY", help="timm AutoAugment policy, with rrc or rkrc")
-    parser.switch(group, "--no-aug", help="train on the evaluation pipeline")
+    parser.switch(
+        group, "--aug", default=True, help="augment; --no-aug trains on the evaluation pipeline"
+    )
     flag(group, "--crop-pct", type=share, default=0.875, help="centre crop of larger images")
     flag(
         group,

@@ -189,11 +189,9 @@ def make_loaders(
         color_jitter=options.color_jitter,
         auto_augment=options.aa,
     )
-    training = (
-        held_out
-        if options.no_aug
-        else train_transform(inputs.size, augmentation, options.interpolation, native)
-    )
+    training = held_out
+    if options.aug:
+        training = train_transform(inputs.size, augmentation, options.interpolation, native)
     gpu = accelerator.device.type == "cuda"
     workers = options.workers
     if workers is None:
