@@ -89,7 +89,7 @@ def describe(
 # What a network's weights do not depend on.
 _INCIDENTAL = {
     "output", "experiment", "resume", "checkpoint-hist", "save-epochs", "log-interval", "workers",
-    "download", "recipe", "baseline",
+    "threads", "download", "recipe", "baseline",
 }  # fmt: skip
 
 

@@ -271,6 +271,12 @@ def training_flags(parser: Parser) -> None:
         choices=("no", "bf16", "fp16"),
         help="(default: what accelerate launch says, else no)",
     )
+    flag(
+        group,
+        "--threads",
+        type=positive,
+        help="CPU threads a process (default: the machine's cores shared among its processes)",
+    )
     switch(group, "--amp", help="the same as --mixed-precision bf16")
     switch(group, "--channels-last", help="NHWC memory format")
     switch(group, "--torchcompile", help="compile the training step")
