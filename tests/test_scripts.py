@@ -61,6 +61,9 @@ def test_accelerate_launch_with_bf16(teacher_run, tmp_path):
     )
     results = results_of(output)
     assert results["processes"] == 1 and results["last"]["loss"] > 0
+    cores = len(os.sched_getaffinity(0))
+    record = yaml.safe_load((tmp_path / results["run"] / "args.yaml").read_text())["environment"]
+    assert f" {cores} of " in record["cpu"], "the launcher's thread count is not the user's"
     state = load_file(tmp_path / results["run"] / "last.safetensors")
     assert all(v.dtype != torch.bfloat16 for v in state.values()), "weights stay float32"
 

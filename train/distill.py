@@ -224,6 +224,7 @@ def train_teacher(options: argparse.Namespace, accelerator: Accelerator, data: I
     own.model, own.model_kwargs = options.teacher, dict(options.teacher_kwargs or ())
     own.epochs, own.save_epochs = options.teacher_epochs, []
     own.pretrained, own.initial_checkpoint, own.img_size = False, None, None
+    own.freeze_bn = False  # the student's: a fresh teacher has no statistics to freeze
     scratch = Parser()
     data_flags(scratch)
     model_flags(scratch, student=False)

@@ -242,7 +242,11 @@ def training_flags(parser: Parser) -> None:
     switch(group, "--filter-bias-and-bn", help="no weight decay on biases and normalisation")
     flag(group, "--clip-grad", type=amount, help="largest gradient norm")
     flag(group, "--smoothing", type=fraction, default=0.0, help="label smoothing")
-    switch(group, "--freeze-bn", help="normalise with running statistics, which stay as they are")
+    switch(
+        group,
+        "--freeze-bn",
+        help="normalise the trained network with its running statistics, left as they are",
+    )
     switch(group, "--model-ema", help="keep, evaluate and save an average of the weights")
     flag(group, "--model-ema-decay", type=fraction, default=0.9998, help="of that average")
 

@@ -42,5 +42,7 @@ def script(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str] | N
 def _fail(name: str, message: str, code: int) -> int:
     rank = os.environ.get("RANK", "0")
     where = name if rank == "0" else f"{name} (process {rank})"
-    print(f"{where}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    # One write, so that the lines of several processes do not run into each other.
+    sys.stderr.write(f"{where}: error: {' '.join(message.split())}\n")
+    sys.stderr.flush()
     return code

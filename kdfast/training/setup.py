@@ -56,25 +56,26 @@ def start(options: argparse.Namespace) -> Accelerator:
             raise UserError(str(error)) from None
     # Cross-entropy is in the graph at any gamma, so every parameter of a student is used.
     wrapper = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    threads = options.threads or (None if gpu else _own_cores())
     accelerator = Accelerator(cpu=not gpu, mixed_precision=precision, kwargs_handlers=[wrapper])
-    if not gpu:
-        _use_all_cores(options.threads)
+    if threads:
+        torch.set_num_threads(threads)
     return accelerator
 
 
-def _use_all_cores(threads: int | None) -> None:
-    """Share the machine's cores among its processes, unless the user decided.
+def _own_cores() -> int | None:
+    """This process's share of the machine's cores; None when the user decided.
 
     Launchers set OMP_NUM_THREADS themselves, to 1 or to physical cores, which halves the speed of
     a process that has the machine to itself; without a launcher the variable is the user's word.
     """
     launched = any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
-    if threads is None and "OMP_NUM_THREADS" in os.environ and not launched:
-        return
+    if "OMP_NUM_THREADS" in os.environ and not launched:
+        return None
     linux = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, cores // processes))
+    return max(1, cores // processes)
 
 
 def load_data(options: argparse.Namespace) -> ImageData:
