@@ -202,6 +202,8 @@ def objective_on(choice, logits, features=(), **kwargs):
         (["--recipe", "self", "--method", "at", "st"], 1.0, {"at": 1000, "kd": 0.9}),
         (["--recipe", "self", "--method", "fsp"], 1.0, {"fsp": 1 / 9}),
         (["--recipe", "self-as-published", "--method", "fsp"], 1.0, {"fsp": 1 / 9}),
+        (["--recipe", "self", "--method", "kd", "logits"], 1.0, {"kd": 1.0, "logits": 1.0}),
+        (["--recipe", "zoo", "--method", "kd", "at"], 1.0, {"kd": 0.1, "at": 1000 / 3}),
         (["--recipe", "zoo", "--method", "kd"], 1.0, {"kd": 0.1}),
         (["--recipe", "zoo", "--method", "at"], 1.0, {"at": 1000 / 3}),
         (["--recipe", "zoo", "--method", "logits"], 1.0, {"logits": 0.1}),

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from kdfast.errors import UsageError
+from kdfast.training.objective import choose_methods
 from kdfast.training.options import batch_size
 from kdfast.training.parser import read_recipe, recipe_names
 
@@ -137,6 +138,21 @@ def test_print_config_gives_the_run_again(run_script, tmp_path):
     (tmp_path / "again.yaml").write_text(first)
     assert run_script("train/distill.py", "--print-config", "-c", "again.yaml")[1] == first
     assert list(tmp_path.iterdir()) == [tmp_path / "again.yaml"], "printing writes nothing"
+
+
+def test_printed_constructor_arguments_are_read_again(run_script, tmp_path):
+    first = run_script("train/distill.py", "--print-config", "--recipe", "self-as-published")[1]
+    (tmp_path / "again.yaml").write_text(first)
+    assert run_script("train/distill.py", "--print-config", "-c", "again.yaml")[1] == first
+
+
+def test_method_flags_in_a_recipe_file(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: [kd]\ntemperature: 2\nalpha: 0.5\nat-power: 1\nepochs: 3\n")
+    choice = choose_methods(options_of("--recipe", recipe))
+    assert choice.methods == {"kd": {"temperature": 2.0}} and choice.weights == {"kd": 0.5}
+    choice = choose_methods(options_of("--recipe", recipe, "--temperature", 7))
+    assert choice.methods == {"kd": {"temperature": 7.0}}
 
 
 def test_batch_is_per_process_and_recipes_are_global():

@@ -14,6 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from kdfast.data import eval_transform, open_data
+from kdfast.models import create_model, read_weights, save_weights
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 FEW = ("--train-limit", 192, "--eval-limit", 90, "--epochs", 1)
@@ -107,6 +110,50 @@ def test_two_processes_equal_one(teacher_run, tmp_path):
         assert torch.allclose(value, second[name], atol=1e-4), name
 
 
+def test_two_processes_score_the_network_they_save(tmp_path):
+    """Batch normalisation differs between processes; the saved statistics are the scored ones."""
+    flags = ("--model", "cifar_resnet8", *FEW, "--model-ema", "--model-ema-decay", 0.5)
+    output = launch(
+        BIN / "torchrun",
+        "--nproc_per_node",
+        2,
+        ROOT / "train/classifier.py",
+        *flags,
+        cwd=tmp_path,
+    )
+    results = results_of(output)
+    saved, record = read_weights(tmp_path / results["run"] / "last.safetensors")
+    model = create_model("cifar_resnet8", 10)
+    model.load_state_dict(saved)
+    data = open_data("digits", eval_limit=90)
+    transform = eval_transform((32, 32), 1.0, "bilinear", 32)
+    samples = [data.eval.read(i) for i in range(90)]
+    images = torch.stack([transform(image) for image, _ in samples]) / 255
+    labels = torch.tensor([label for _, label in samples])
+    with torch.no_grad():
+        logits = model.eval()((images - record["mean"][0]) / record["std"][0])
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert results["last"]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_published_teacher_of_other_classes_is_refused(run_script, image_folder):
+    code, _, err = run_script(
+        "train/distill.py",
+        "--dataset",
+        "folder",
+        "--data-dir",
+        image_folder,
+        "-b",
+        3,
+        "--teacher",
+        "resnet18",
+        "--teacher-pretrained",
+        "--student",
+        "resnet18",
+    )
+    assert code == 2 and "1000 classes" in err and "--teacher-checkpoint" in err
+
+
 def test_two_processes_one_error_line_each(tmp_path):
     error = launch(
         BIN / "torchrun",
@@ -147,8 +194,6 @@ def test_fashion_mnist_pair(run_script, tmp_path, monkeypatch):
 
 
 def test_vit_teaches_resnet_on_a_folder(run_script, image_folder, tmp_path):
-    from kdfast.models import create_model, save_weights
-
     torch.manual_seed(0)
     teacher = create_model("vit_tiny_patch16_224", 2)
     save_weights(tmp_path / "vit.safetensors", teacher, {"architecture": "vit_tiny_patch16_224"})
@@ -181,8 +226,6 @@ def test_vit_teaches_resnet_on_a_folder(run_script, image_folder, tmp_path):
 
 def test_teacher_of_another_size_and_normalisation(run_script, teacher_run, image_folder, tmp_path):
     """A 32-pixel cifar_resnet8 with its own figures teaches resnet18 at 48 pixels."""
-    from kdfast.models import create_model, save_weights
-
     torch.manual_seed(0)
     record = {
         "architecture": "cifar_resnet8",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
 import timm
@@ -180,6 +181,24 @@ def test_resumed_equals_uninterrupted(run_script, tmp_path, monkeypatch, extra):
     assert trim[0] == trim[1] and len(trim[0]) == 3
     first, second = (json.loads((r / "results.json").read_text()) for r in (whole, cut))
     assert first["best"] == second["best"] and first["last"] == second["last"]
+
+
+def test_resuming_before_the_first_checkpoint(run_script, tmp_path):
+    """The row of an epoch whose checkpoint was never finished is written anew, not twice."""
+    flags = ("train/classifier.py", *FEW, "--model", "cifar_resnet8", "--experiment", "run")
+    assert run_script(*flags, "--epochs", 1)[0] == 0
+    run = tmp_path / "out" / "run"
+    shutil.rmtree(run / "checkpoints")
+    assert run_script(*flags, "--epochs", 2, "--resume", "auto")[0] == 0
+    assert [row["epoch"] for row in rows(run)] == ["1", "2"]
+
+
+@pytest.mark.parametrize("change", [("--weight-decay", 0.1), ("--smoothing", 0.2), ("-b", 32)])
+def test_a_resumed_run_keeps_its_options(run_script, change):
+    flags = ("train/classifier.py", *FAST, "--model", "cifar_resnet8")
+    assert run_script(*flags)[0] == 0
+    code, _, err = run_script(*flags, *change, "--resume", "auto")
+    assert code == 2 and "cannot resume" in err
 
 
 def test_accumulation_equals_one_large_batch(run_script, tmp_path):

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         return
 
     accelerator = start(options)
-    data = load_data(options)
+    data = load_data(options, accelerator)
     model = build_model(options, data.classes, seed_name="network")
     inputs = choose_inputs(options, data, model)
 

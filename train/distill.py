@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from kdfast.data import ImageData
@@ -46,7 +47,7 @@ from kdfast.training.flags import (
 )
 from kdfast.training.loop import Trainer
 from kdfast.training.objective import Choice, Objective, choose_methods, plan_taps
-from kdfast.training.options import parse
+from kdfast.training.options import batch_size, parse
 from kdfast.training.parser import Parser, load_plugin
 from kdfast.training.run_folder import RunFolder, choose_run, on_main
 from kdfast.training.script import script
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
         require_digits(options)
 
     accelerator = start(options)
-    data = load_data(options)
+    data = load_data(options, accelerator)
     student = build_model(options, data.classes, seed_name="student")
     inputs = choose_inputs(options, data, student)
     run = run_folder(options, choice, data)
@@ -199,6 +200,8 @@ def load_teacher(options: argparse.Namespace, data: ImageData) -> tuple[nn.Modul
         same = known.get("architecture") in (name, name.partition(".")[0])
         if same and options.teacher_kwargs is None and isinstance(known.get("model_kwargs"), dict):
             kwargs = known["model_kwargs"]
+    if options.teacher_pretrained:
+        require_same_classes(options.teacher, data)
     model = create_model(
         options.teacher,
         data.classes,
@@ -211,11 +214,24 @@ def load_teacher(options: argparse.Namespace, data: ImageData) -> tuple[nn.Modul
     if fed is None:
         own = argparse.Namespace(**vars(options))
         own.pretrained, own.initial_checkpoint = options.teacher_pretrained, None
-        if path is None and not options.teacher_pretrained:
-            own.img_size = None
+        if path is None:
+            # Published weights, or those of the run to come: fed what they are trained on, whatever
+            # the student gets. A bare file says nothing, so the flags hold for it as well.
+            own.img_size = own.mean = own.std = None
         fed = choose_inputs(own, data, model)
     try_out(model, fed, data.classes)
     return model, fed
+
+
+def require_same_classes(name: str, data: ImageData) -> None:
+    """Refuse published weights for other classes: timm would draw a random classifier unasked."""
+    published = get_pretrained_cfg(resolve_name(name))
+    if published is not None and published.num_classes != data.classes:
+        raise UsageError(
+            f"the published {name} tells {published.num_classes} classes apart, {data.name} has "
+            f"{data.classes}; fine-tune it with train/classifier.py --model {name} --pretrained "
+            "and give that run as --teacher-checkpoint"
+        )
 
 
 def train_teacher(options: argparse.Namespace, accelerator: Accelerator, data: ImageData) -> Path:
@@ -229,7 +245,9 @@ def train_teacher(options: argparse.Namespace, accelerator: Accelerator, data: I
     data_flags(scratch)
     model_flags(scratch, student=False)
     training_flags(scratch)
-    key = fingerprint(own, set(scratch.actions()) | {"seed"})
+    processes = accelerator.num_processes
+    batch = batch_size(own, processes) * processes * own.grad_accum_steps
+    key = fingerprint(own, set(scratch.actions()) | {"seed"}, batch)
     run = RunFolder(Path(options.output) / "teachers" / f"digits-{options.teacher}-{key}")
     if run.results.exists():
         accelerator.print(f"teacher {options.teacher}: taken from {run.path}")

@@ -319,6 +319,8 @@ def dataset_name(name: str) -> str:
             f"{name} is a stream; its images have no index, which the loaders need. "
             "Use its random-access form (hfds/ for hfids/) or unpack it to a folder"
         )
+    if name in ("torch/cifar10", "torch/cifar100"):
+        return name.removeprefix("torch/")  # the same files; by this name their size is known
     if prefix in ("torch", "hfds") and slash:
         return name
     if name.replace("_", "-") not in _NAMED:

@@ -93,8 +93,9 @@ _INCIDENTAL = {
 }  # fmt: skip
 
 
-def fingerprint(options: argparse.Namespace, keys: set[str]) -> str:
-    """Eight hex digits over those options in `keys` that trained weights depend on."""
+def fingerprint(options: argparse.Namespace, keys: set[str], global_batch: int) -> str:
+    """Eight hex digits over the global batch and the options in `keys` that weights depend on."""
     relevant = {k: v for k, v in plain(options).items() if k in keys - _INCIDENTAL}
+    relevant["global-batch-size"] = global_batch
     text = json.dumps(relevant, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -262,7 +262,13 @@ def training_flags(parser: Parser) -> None:
         help="multistep: epochs trained before each drop",
     )
     flag(group, "--decay-epochs", type=positive, default=30, help="step: epochs between drops")
-    flag(group, "--decay-rate", type=amount, default=0.1, help="step, multistep: factor of a drop")
+    flag(
+        group,
+        "--decay-rate",
+        type=amount,
+        default=0.1,
+        help="step, multistep: factor of a drop; poly: its power",
+    )
     flag(group, "--decades", type=amount, default=2.0, help="log: powers of ten from first to last")
     flag(group, "--warmup-epochs", type=natural, default=0, help="linear warm-up")
     flag(group, "--warmup-lr", type=amount, default=1e-5, help="where timm's warm-up starts")

@@ -92,6 +92,7 @@ class Trainer:
             torch.manual_seed(derive_seed(options.seed, "train", epoch, rank))
             losses, images = self._train_epoch(epoch)
             trained = time.perf_counter() - started
+            self._share_buffers()
             scores = self._evaluate()
             row = {"epoch": epoch + 1}
             row |= {f"train_{name}": value for name, value in losses.items()}
@@ -187,6 +188,15 @@ class Trainer:
                 if isinstance(module, _BatchNorm):
                     module.eval()
 
+    def _share_buffers(self) -> None:
+        """Give every process the main one's running statistics: one network is scored and saved."""
+        if self.accelerator.num_processes == 1:
+            return
+        networks = [self.objective] + ([self.average.module] if self.average is not None else [])
+        for network in networks:
+            for buffer in network.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def _evaluate(self) -> dict[str, float]:
         student = self.average.module if self.average is not None else self.objective.student
         student.eval()
@@ -241,6 +251,7 @@ class Trainer:
     def _restore(self) -> int:
         path = checkpoint.latest(self.run.checkpoints)
         if path is None:
+            on_main(self.accelerator, lambda: self.run.keep_rows(0))
             return 0
         state = checkpoint.load(path, self.objective, self.optimizer, average=self.average)
         if "scaler" in state and self.accelerator.scaler is not None:

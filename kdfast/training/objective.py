@@ -37,7 +37,8 @@ def choose_methods(options: argparse.Namespace) -> Choice:
     """Resolve methods, options and weights: class defaults, recipe, config, then flags.
 
     In a file's `methods`, a key `at+kd` holds for exactly that combination and may give `alpha`,
-    `beta`, `gamma`; `refuse` is the reason for which a recipe cannot serve a method.
+    `beta`, `gamma`; a single method's gamma holds in combinations too. `refuse` is the reason for
+    which a recipe cannot serve a method.
     """
     words: list[str] = []
     for word in options.method or ["none"]:
@@ -48,27 +49,34 @@ def choose_methods(options: argparse.Namespace) -> Choice:
     gamma = None
     for where, layer in options.layers_of_methods:
         found = _checked(where, layer)
+        gammas = {}
         for name in names:
             entry = found.get(frozenset([name]), {})
             if "refuse" in entry:
                 raise UsageError(entry["refuse"])
-            own_gamma = entry.pop("gamma", None)
-            if len(names) == 1 and own_gamma is not None:
-                gamma = own_gamma
+            if "gamma" in entry:
+                gammas[name] = entry.pop("gamma")
             weights[name] = entry.pop(find_method(name).weight_flag, weights[name])
             chosen[name] |= entry
-        if len(names) > 1:
-            entry = found.get(frozenset(names), {})
-            gamma = entry.get("gamma", gamma)
+        together = found.get(frozenset(names), {}) if len(names) > 1 else {}
+        if "gamma" in together:
+            gamma = together["gamma"]
+        elif len(set(gammas.values())) > 1 and options.gamma is None:
+            said = ", ".join(f"{name} {value:g}" for name, value in gammas.items())
+            raise UsageError(f"{where} gives different gammas ({said}); give --gamma")
+        elif gammas:
+            gamma = next(iter(gammas.values()))
+        if together:
             for name in names:
-                weights[name] = entry.get(find_method(name).weight_flag, weights[name])
+                weights[name] = together.get(find_method(name).weight_flag, weights[name])
     for dest, value in vars(options).items():
         name, dot, key = dest.partition(".")
-        if not dot or dest not in options.given:
+        if not dot or value is None:
             continue
-        if name not in chosen:
+        if name in chosen:
+            chosen[name][key] = value
+        elif dest in options.given:
             raise UsageError(f"--{name}-{key} is given, but method {name} is not used")
-        chosen[name][key] = value
     _apply_weight_flags(options, weights)
     if options.gamma is not None:
         gamma = options.gamma

@@ -62,11 +62,15 @@ def _not_written(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {reason}; what was saved before is intact")
 
 
-# Options that a resumed run must share with the run it goes on with.
-_IDENTITY = (
-    "dataset", "train-limit", "model", "model-kwargs", "teacher", "teacher-checksum", "method",
-    "methods", "opt", "model-ema", "seed", "processes",
-)  # fmt: skip
+# What a resumed run may change; all else it must share with the run it goes on with. The teacher
+# is known by its checksum, wherever it lies.
+_FREE = {
+    "output", "experiment", "resume", "recipe", "epochs", "save-epochs", "checkpoint-hist",
+    "log-interval", "workers", "threads", "data-dir", "download", "baseline", "amp",
+    "teacher-checkpoint", "teacher-epochs",
+}  # fmt: skip
+# Named first when several differ.
+_TELLING = ("dataset", "model", "teacher", "teacher-checksum", "method", "methods", "opt", "seed")
 
 
 def choose_run(options: argparse.Namespace, name: str) -> RunFolder:
@@ -122,12 +126,13 @@ class RunFolder:
             ) from None
 
     def check_same(self, arguments: dict[str, Any]) -> None:
-        """Refuse to go on with a run of other networks, data, methods, seed or processes."""
+        """Refuse to go on with a run made with other options than those that `_FREE` lists."""
         if not self.arguments.exists():
             return
         try:
             before = yaml.safe_load(self.arguments.read_text())["options"]
-            differing = [key for key in _IDENTITY if before.get(key) != arguments.get(key)]
+            keys = [*_TELLING, *sorted((before.keys() | arguments.keys()) - _FREE)]
+            differing = [key for key in keys if before.get(key) != arguments.get(key)]
         except (UnicodeDecodeError, yaml.YAMLError, TypeError, LookupError, AttributeError):
             raise UserError(f"{self.arguments} is damaged; the run cannot be resumed") from None
         if differing:

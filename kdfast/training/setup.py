@@ -39,6 +39,7 @@ from kdfast.models import (
 )
 from kdfast.seeding import derive_seed
 from kdfast.training.options import batch_size
+from kdfast.training.run_folder import on_main
 
 
 def start(options: argparse.Namespace) -> Accelerator:
@@ -56,6 +57,7 @@ def start(options: argparse.Namespace) -> Accelerator:
             raise UserError(str(error)) from None
     # Cross-entropy is in the graph at any gamma, so every parameter of a student is used.
     wrapper = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    options.mixed_precision = precision  # what is recorded is what ran, whoever chose it
     threads = options.threads or (None if gpu else _own_cores())
     accelerator = Accelerator(cpu=not gpu, mixed_precision=precision, kwargs_handlers=[wrapper])
     if threads:
@@ -78,11 +80,18 @@ def _own_cores() -> int | None:
     return max(1, cores // processes)
 
 
-def load_data(options: argparse.Namespace) -> ImageData:
+def load_data(options: argparse.Namespace, accelerator: Accelerator) -> ImageData:
+    """The image set; with --download one process fetches it, then all open it."""
+    if options.download:
+        on_main(accelerator, lambda: _open(options, download=True) and None)
+    return _open(options, download=False)
+
+
+def _open(options: argparse.Namespace, *, download: bool) -> ImageData:
     return open_data(
         options.dataset,
         options.data_dir,
-        download=options.download,
+        download=download,
         train_split=options.train_split,
         eval_split=options.val_split,
         classes=options.num_classes,
@@ -293,7 +302,7 @@ def plain(options: argparse.Namespace, **resolved: Any) -> dict[str, Any]:
     hidden = {"given", "layers_of_methods", "print_config", "config", "plugin"}
     replaced = {"method", "alpha", "beta", "gamma"} if "methods" in resolved else set()
     content = {
-        key.replace("_", "-"): dict(value) if isinstance(value, dict) else value
+        key.replace("_", "-"): dict(value) if key.endswith("_kwargs") else value
         for key, value in sorted(vars(options).items())
         if key not in hidden | replaced and "." not in key and value is not None
     }
