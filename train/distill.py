@@ -5,7 +5,7 @@
     accelerate launch train/distill.py --dataset cifar100 --data-dir DIR --recipe crd \\
         --teacher cifar_resnet110 --teacher-checkpoint RUN --student cifar_resnet20 --method kd at
     torchrun --nproc_per_node 8 train/distill.py --dataset folder --data-dir DIR \\
-        --teacher vit_base_patch16_224 --teacher-pretrained --student resnet18 --method kd --amp
+        --teacher vit_base_patch16_224 --teacher-checkpoint RUN --student resnet18 --method kd --amp
 
 The story: load or, on digits, train the teacher; freeze it; pair layers; train the student on
 gamma * cross-entropy + the sum of weight * term; on digits, train the same student alone; compare.
