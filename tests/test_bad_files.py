@@ -90,8 +90,11 @@ def test_cifar(refused, tmp_path, damage):
     assert not Path("ran").exists()
 
 
-def test_missing_set_of_torchvision(refused):
-    refused(1, CLASSIFIER, "--dataset", "torch/cifar10", words=["torch/cifar10", "download"])
+@pytest.mark.parametrize(
+    ("name", "words"), [("torch/mnist", ["torch/mnist"]), ("torch/cifar10", ["data set in data"])]
+)
+def test_missing_set_of_torchvision(refused, name, words):
+    refused(1, CLASSIFIER, "--dataset", name, words=[*words, "download"])
 
 
 def break_folder(root: Path, how: str) -> None:
