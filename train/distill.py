@@ -148,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
         run,
         options,
         metadata(student, options.model_kwargs, data, inputs, parent),
-        teacher=teacher,
+        teacher=teacher if methods else None,
         resume=resume,
     )
     on_main(accelerator, lambda: run.create(resume=resume))
