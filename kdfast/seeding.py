@@ -17,6 +17,13 @@ def derive_seed(seed: int, *stream: int | str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def seed_process(seed: int) -> None:
+    """Seed all generators of this process: Python's, NumPy's, torch's and its devices'."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
 @contextmanager
 def local_randomness(seed: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's CPU generators inside the block, then restore them.

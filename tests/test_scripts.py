@@ -72,11 +72,10 @@ def test_accelerate_launch_with_bf16(teacher_run, tmp_path):
 
 
 def test_two_processes_equal_one(teacher_run, tmp_path):
-    """The same global batches on one and two processes, an uneven last one included."""
+    """The same global batches of all 1,437 images, an uneven last one included."""
     flags = (
-        *FEW,
-        "--train-limit",
-        203,
+        "--epochs",
+        1,
         "--freeze-bn",
         "--no-baseline",
         "--teacher",

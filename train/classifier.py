@@ -12,16 +12,23 @@ of train/distill.py and loads with timm.create_model(..., checkpoint_path=...).
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from kdfast.training.classifier import train_classifier
+from accelerate import Accelerator
+
+from kdfast.data import ImageData
+from kdfast.training.classifier import score, train_classifier
 from kdfast.training.flags import data_flags, model_flags, run_flags, training_flags
+from kdfast.training.journal import say
 from kdfast.training.options import parse
 from kdfast.training.parser import Parser
-from kdfast.training.run_folder import choose_run
+from kdfast.training.run_folder import RunFolder, choose_run
 from kdfast.training.script import script
+from kdfast.training.seeds import for_each_seed
 from kdfast.training.setup import build_model, choose_inputs, load_data, print_config, start
 
 
@@ -39,16 +46,30 @@ def main(argv: Sequence[str]) -> None:
 
     accelerator = start(options)
     data = load_data(options, accelerator)
+    if options.eval_only:
+        say(json.dumps(score(options, accelerator, data, run_name(options, data))))
+        return
+    for_each_seed(
+        options,
+        accelerator,
+        folder=lambda own: choose_run(own, run_name(own, data)),
+        train=lambda own, run: train_one(own, accelerator, data, run),
+    )
+
+
+def run_name(options: argparse.Namespace, data: ImageData) -> str:
+    parts = ["classifier", data.name, options.model, f"s{options.seed}"]
+    return "-".join(parts).replace("/", "_").replace(":", ".")
+
+
+def train_one(
+    options: argparse.Namespace, accelerator: Accelerator, data: ImageData, run: RunFolder
+) -> dict[str, Any]:
     model = build_model(options, data.classes, seed_name="network")
     inputs = choose_inputs(options, data, model)
-
-    dataset, network = data.name.replace("/", "_"), options.model.replace(":", ".")
-    run = choose_run(options, f"classifier-{dataset}-{network}-s{options.seed}")
-    accelerator.print(f"{network} on {data.name}, {len(data.train)} images, into {run.path}")
-    results = train_classifier(
-        options, accelerator, data, model, inputs, run, resume=options.resume is not None
-    )
-    accelerator.print(json.dumps(results))
+    say(f"{options.model} on {data.name}, {len(data.train)} images, into {run.path}")
+    resume = options.resume is not None
+    return train_classifier(options, accelerator, data, model, inputs, run, resume=resume)
 
 
 if __name__ == "__main__":

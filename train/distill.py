@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from timm.models import get_pretrained_cfg
@@ -36,7 +37,7 @@ from kdfast.models import (
     read_weights,
     resolve_name,
 )
-from kdfast.training.classifier import describe, fingerprint, train_classifier
+from kdfast.training.classifier import describe, fingerprint, score, train_classifier
 from kdfast.training.evaluate import evaluate
 from kdfast.training.flags import (
     data_flags,
@@ -45,12 +46,14 @@ from kdfast.training.flags import (
     run_flags,
     training_flags,
 )
+from kdfast.training.journal import say
 from kdfast.training.loop import Trainer
-from kdfast.training.objective import Choice, Objective, choose_methods, plan_taps
+from kdfast.training.objective import Choice, Objective, TapPlan, choose_methods, plan_taps
 from kdfast.training.options import batch_size, parse
 from kdfast.training.parser import Parser, load_plugin
 from kdfast.training.run_folder import RunFolder, choose_run, on_main
 from kdfast.training.script import script
+from kdfast.training.seeds import for_each_seed
 from kdfast.training.setup import (
     Inputs,
     build_model,
@@ -86,21 +89,38 @@ def main(argv: Sequence[str]) -> None:
         return
     if options.baseline is None:
         options.baseline = options.dataset == "digits"
-    if options.teacher_checkpoint is None and not options.teacher_pretrained:
+    if not (options.teacher_checkpoint or options.teacher_pretrained or options.eval_only):
         require_digits(options)
 
     accelerator = start(options)
     data = load_data(options, accelerator)
+    if options.eval_only:
+        name = run_folder(options, choice, data).path.name
+        say(json.dumps(score(options, accelerator, data, name)))
+        return
+    for_each_seed(
+        options,
+        accelerator,
+        folder=lambda own: run_folder(own, choice, data),
+        train=lambda own, run: distill(own, choice, accelerator, data, run),
+    )
+
+
+def distill(
+    options: argparse.Namespace,
+    choice: Choice,
+    accelerator: Accelerator,
+    data: ImageData,
+    run: RunFolder,
+) -> dict[str, Any]:
+    """One run into `run`; returns its results."""
     student = build_model(options, data.classes, seed_name="student")
     inputs = choose_inputs(options, data, student)
-    run = run_folder(options, choice, data)
     resume = options.resume is not None
-    on_main(accelerator, lambda: run.check(resume=resume))
     try_out(student, inputs, data.classes)
     train, held_out = make_loaders(options, data, inputs, accelerator)
     alone = copy.deepcopy(student) if options.baseline else None
 
-    say = accelerator.print
     model, teacher_inputs = load_teacher(options, data)
     methods = [find_method(name)(**chosen) for name, chosen in choice.methods.items()]
     plan = plan_taps(methods, student, model, options.student_layers, options.teacher_layers)
@@ -121,55 +141,58 @@ def main(argv: Sequence[str]) -> None:
         load_weights(model, train_teacher(options, accelerator, data))
     if options.torchcompile:
         teacher.compile()
+    say_plan(options, choice, plan, data, run)
+    taught = evaluate(lambda x: teacher(x)[0], held_out, accelerator, prepare)
+    say(f"teacher top1 {taught['top1']:.2f}")
+
+    parent = checksum(model.state_dict())
+    arguments = plain(options, **choice.as_yaml(), processes=accelerator.num_processes)
+    arguments["teacher-checksum"] = parent
+    with run.claimed(accelerator, arguments, resume=resume):
+        trainer = Trainer(
+            accelerator,
+            objective,
+            train,
+            held_out,
+            prepare,
+            run,
+            options,
+            metadata(student, options.model_kwargs, data, inputs, parent),
+            arguments,
+            teacher=teacher if methods else None,
+            resume=resume,
+        )
+        scores = trainer.fit()
+        baseline = None
+        if alone is not None:
+            say("student alone, from the same initial weights")
+            aside = RunFolder(run.path / "baseline")
+            baseline = train_classifier(
+                options, accelerator, data, alone, inputs, aside, resume=aside.path.exists()
+            )
+        results = describe(
+            run, options, accelerator, train.plan.global_batch, student, inputs, scores,
+            teacher_top1=taught["top1"],
+            baseline_top1=baseline and baseline["last"]["top1"],
+        )  # fmt: skip
+        on_main(accelerator, lambda: run.write_results(results))
+        say(comparison(options.teacher, options.model, taught, baseline, results, choice))
+    return results
+
+
+def say_plan(
+    options: argparse.Namespace, choice: Choice, plan: TapPlan, data: ImageData, run: RunFolder
+) -> None:
+    """Say what is about to be trained: networks, loss and the layers each method compares."""
     say(f"teacher {options.teacher} -> student {options.model} on {data.name}, into {run.path}")
     say(f"loss = {describe_loss(choice)}")
-    for method in methods:
-        ours, theirs = plan.views[method.name]
+    for name, (ours, theirs) in plan.views.items():
         pairs = (
             f"{plan.teacher_layers[j]} -> {plan.student_layers[i]}"
             for i, j in zip(ours, theirs, strict=True)
         )
         if ours:
-            say(f"{method.name}: {', '.join(pairs)}")
-
-    parent = checksum(model.state_dict())
-    taught = evaluate(lambda x: teacher(x)[0], held_out, accelerator, prepare)
-    say(f"teacher top1 {taught['top1']:.2f}")
-    arguments = plain(options, **choice.as_yaml(), processes=accelerator.num_processes)
-    arguments["teacher-checksum"] = parent
-    if resume:
-        on_main(accelerator, lambda: run.check_same(arguments))
-    trainer = Trainer(
-        accelerator,
-        objective,
-        train,
-        held_out,
-        prepare,
-        run,
-        options,
-        metadata(student, options.model_kwargs, data, inputs, parent),
-        teacher=teacher if methods else None,
-        resume=resume,
-    )
-    on_main(accelerator, lambda: run.create(resume=resume))
-    on_main(accelerator, lambda: run.write_arguments(arguments))
-    scores = trainer.fit()
-
-    baseline = None
-    if alone is not None:
-        say("student alone, from the same initial weights")
-        aside = RunFolder(run.path / "baseline")
-        baseline = train_classifier(
-            options, accelerator, data, alone, inputs, aside, resume=aside.path.exists()
-        )
-    results = describe(
-        run, options, accelerator, train.plan.global_batch, student, inputs, scores,
-        teacher_top1=taught["top1"],
-        baseline_top1=baseline and baseline["last"]["top1"],
-    )  # fmt: skip
-    on_main(accelerator, lambda: run.write_results(results))
-    say(comparison(options.teacher, options.model, taught, baseline, results, choice))
-    say(json.dumps(results))
+            say(f"{name}: {', '.join(pairs)}")
 
 
 def require_digits(options: argparse.Namespace) -> None:
@@ -240,6 +263,7 @@ def train_teacher(options: argparse.Namespace, accelerator: Accelerator, data: I
     own.model, own.model_kwargs = options.teacher, dict(options.teacher_kwargs or ())
     own.epochs, own.save_epochs = options.teacher_epochs, []
     own.pretrained, own.initial_checkpoint, own.img_size = False, None, None
+    own.profile = None
     own.freeze_bn = False  # the student's: a fresh teacher has no statistics to freeze
     scratch = Parser()
     data_flags(scratch)
@@ -250,9 +274,9 @@ def train_teacher(options: argparse.Namespace, accelerator: Accelerator, data: I
     key = fingerprint(own, set(scratch.actions()) | {"seed"}, batch)
     run = RunFolder(Path(options.output) / "teachers" / f"digits-{options.teacher}-{key}")
     if run.results.exists():
-        accelerator.print(f"teacher {options.teacher}: taken from {run.path}")
+        say(f"teacher {options.teacher}: taken from {run.path}")
         return weights_path(run.path)
-    accelerator.print(f"teacher {options.teacher}: training into {run.path}")
+    say(f"teacher {options.teacher}: training into {run.path}")
     model = build_model(own, data.classes, seed_name="network")
     fed = choose_inputs(own, data, model)
     train_classifier(own, accelerator, data, model, fed, run, resume=run.path.exists())

@@ -7,6 +7,7 @@ No image comes twice in an epoch, none twice in evaluation, none is invented to 
 from __future__ import annotations
 
 import math
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Portion:
     indices: list[int]
     count: int
     weight: float
+    starts_step: bool
     ends_step: bool
 
 
@@ -78,11 +80,12 @@ class BatchPlan:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
         return torch.randperm(self.size, generator=generator)
 
-    def portions(self, epoch: int) -> list[Portion]:
+    def portions(self, epoch: int, first_step: int = 0) -> list[Portion]:
+        """This process's portions of the steps of `epoch` from `first_step` on."""
         order = self.order(epoch).tolist()
         micro = self.batch_size * self.processes
         portions = []
-        for step in range(self.steps):
+        for step in range(first_step, self.steps):
             batch = order[step * self.global_batch : (step + 1) * self.global_batch]
             for start in range(0, len(batch), micro):
                 part = batch[start : start + micro]
@@ -96,6 +99,7 @@ class BatchPlan:
                         indices or part[:1],
                         len(indices),
                         len(indices) * self.processes / len(batch),
+                        start == 0,
                         start + micro >= len(batch),
                     )
                 )
@@ -156,8 +160,8 @@ class _Addresses:
         self.plan, self.epoch = plan, 0
         self.portions: list[Portion] = []
 
-    def start(self, epoch: int) -> list[Portion]:
-        self.epoch, self.portions = epoch, self.plan.portions(epoch)
+    def start(self, epoch: int, first_step: int) -> list[Portion]:
+        self.epoch, self.portions = epoch, self.plan.portions(epoch, first_step)
         return self.portions
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -168,8 +172,16 @@ class _Addresses:
         return len(self.portions)
 
 
+def _leave_signals(worker: int) -> None:
+    """The training process decides when to stop; a Ctrl-C reaches its workers too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Loader:
-    """Batches of `source` as `plan` cuts them; `loader.epoch(e)` iterates epoch e on this process.
+    """Batches of `source` as `plan` cuts them, on this process.
+
+    `loader.epoch(e)` iterates epoch e, `loader.epoch(e, s)` what is left of it after s steps.
 
     Raises `UserError` naming the image when one cannot be read.
     """
@@ -193,12 +205,13 @@ class Loader:
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals,
             # Its own generator: drawing worker seeds must not move dropout's.
             generator=torch.Generator(),
         )
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        portions = self._addresses.start(epoch)
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        portions = self._addresses.start(epoch, first_step)
         for portion, batch in zip(portions, self._batches(), strict=True):
             if isinstance(batch, UserError):
                 raise batch

@@ -83,6 +83,8 @@ class Method(nn.Module):
         default_weight: that weight when neither flag nor recipe gives one.
         gamma: weight of cross-entropy when this method is used and nobody gives one; None leaves
             the general rule (1, or 1 - alpha beside `kd`).
+        formula: the term as docs/methods.md shows it; optional.
+        equivalences: the same term in the conventions of other code, by a short id; optional.
     """
 
     name: ClassVar[str]
@@ -90,6 +92,8 @@ class Method(nn.Module):
     weight_flag: ClassVar[str] = "beta"
     default_weight: ClassVar[float] = 1.0
     gamma: ClassVar[float | None] = None
+    formula: ClassVar[str] = ""
+    equivalences: ClassVar[dict[str, str]] = {}
 
     def __init__(self, **options: Any):
         super().__init__()
@@ -157,8 +161,11 @@ def find_method(name: str) -> type[Method]:
 
 
 def methods_table() -> str:
-    """All methods as a Markdown table: name, term, weight, options, source."""
-    rows = ["| method | what it does | weight | options | source |", "|---|---|---|---|---|"]
+    """All methods as a Markdown table: name, term, formula, default weight, options, source."""
+    rows = [
+        "| method | what it does | term | weight | options | source |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in method_names():
         cls = find_method(name)
         text = inspect.cleandoc(cls.__doc__)
@@ -169,6 +176,7 @@ def methods_table() -> str:
         ]
         names = ", ".join(f"`{word}`" for word in (name, *cls.aliases))
         weight = f"{cls.weight_flag} {cls.default_weight:g}"
-        cells = (names, text.splitlines()[0], weight, "; ".join(flags) or "-", source)
+        formula = f"`{cls.formula}`" if cls.formula else "-"
+        cells = (names, text.splitlines()[0], formula, weight, "; ".join(flags) or "-", source)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"

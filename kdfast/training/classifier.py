@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
 from kdfast.data import ImageData
+from kdfast.errors import UsageError
 from kdfast.models import Taps
+from kdfast.training.evaluate import evaluate
 from kdfast.training.loop import Trainer
 from kdfast.training.objective import Objective
-from kdfast.training.run_folder import RunFolder, on_main
+from kdfast.training.run_folder import RunFolder, choose_run, on_main
 from kdfast.training.setup import (
     Inputs,
+    build_model,
+    choose_inputs,
     count_operations,
     make_loaders,
     metadata,
     plain,
     preparer,
     try_out,
+    weights_path,
 )
 
 
@@ -38,29 +45,59 @@ def train_classifier(
 ) -> dict[str, Any]:
     """Train `model` with cross-entropy into `run`; returns the run's results, already written."""
     arguments = plain(options, processes=accelerator.num_processes)
-    on_main(accelerator, lambda: run.check(resume=resume))
-    if resume:
-        on_main(accelerator, lambda: run.check_same(arguments))
-    try_out(model, inputs, data.classes)
-    train, held_out = make_loaders(options, data, inputs, accelerator)
-    objective = Objective(Taps(model, []), label_smoothing=options.smoothing)
-    trainer = Trainer(
-        accelerator,
-        objective,
-        train,
-        held_out,
-        preparer(inputs, accelerator, channels_last=options.channels_last),
-        run,
-        options,
-        metadata(model, options.model_kwargs, data, inputs, parent=None),
-        resume=resume,
-    )
-    on_main(accelerator, lambda: run.create(resume=resume))
-    on_main(accelerator, lambda: run.write_arguments(arguments))
-    scores = trainer.fit()
-    results = describe(run, options, accelerator, train.plan.global_batch, model, inputs, scores)
-    on_main(accelerator, lambda: run.write_results(results))
+    with run.claimed(accelerator, arguments, resume=resume):
+        try_out(model, inputs, data.classes)
+        train, held_out = make_loaders(options, data, inputs, accelerator)
+        trainer = Trainer(
+            accelerator,
+            Objective(Taps(model, []), label_smoothing=options.smoothing),
+            train,
+            held_out,
+            preparer(inputs, accelerator, channels_last=options.channels_last),
+            run,
+            options,
+            metadata(model, options.model_kwargs, data, inputs, parent=None),
+            arguments,
+            resume=resume,
+        )
+        scores = trainer.fit()
+        batch = train.plan.global_batch
+        results = describe(run, options, accelerator, batch, model, inputs, scores)
+        on_main(accelerator, lambda: run.write_results(results))
     return results
+
+
+def score(
+    options: argparse.Namespace, accelerator: Accelerator, data: ImageData, name: str
+) -> dict[str, Any]:
+    """`--eval-only`: `top1`, `top5`, `loss` and `images` of weights that exist; writes nothing.
+
+    `name` is that of the run folder for `--resume auto`. Raises `UsageError` without weights.
+    """
+    own = copy.copy(options)
+    if options.resume is not None:
+        own.initial_checkpoint = str(choose_run(options, name).path)
+    if not own.initial_checkpoint and not own.pretrained:
+        raise UsageError(
+            "--eval-only needs weights: give --initial-checkpoint PATH, --pretrained or --resume "
+            "PATH"
+        )
+    model = build_model(own, data.classes, seed_name="network")
+    inputs = choose_inputs(own, data, model)
+    try_out(model, inputs, data.classes)
+    _, held_out = make_loaders(own, data, inputs, accelerator)
+    layout = torch.channels_last if options.channels_last else torch.preserve_format
+    model = model.to(accelerator.device, memory_format=layout).eval()
+    prepare = preparer(inputs, accelerator, channels_last=options.channels_last)
+    scores = evaluate(model, held_out, accelerator, prepare)
+    weights = own.initial_checkpoint and str(weights_path(own.initial_checkpoint))
+    return {
+        "weights": weights or "pretrained",
+        "model": options.model,
+        "dataset": data.name,
+        "processes": accelerator.num_processes,
+        **scores,
+    }
 
 
 def describe(
@@ -88,8 +125,8 @@ def describe(
 
 # What a network's weights do not depend on.
 _INCIDENTAL = {
-    "output", "experiment", "resume", "checkpoint-hist", "save-epochs", "log-interval", "workers",
-    "threads", "download", "recipe", "baseline",
+    "output", "experiment", "resume", "checkpoint-hist", "checkpoint-steps", "save-epochs",
+    "log-interval", "profile", "workers", "threads", "download", "recipe", "baseline",
 }  # fmt: skip
 
 

@@ -17,14 +17,16 @@ def evaluate(
     loader: Loader,
     accelerator: Accelerator,
     prepare: Callable[[torch.Tensor], torch.Tensor],
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Mean cross-entropy, top-1 and top-5 in percent (top-C below five classes).
+    """Mean cross-entropy `loss`, `top1` and `top5` in percent (top-C below five classes), `images`.
 
     `network` maps prepared images [B, 3, H, W] to logits [B, C]; sums stay on the device until the
-    end and are added over processes.
+    end and are added over processes. All processes call `before_batch` equally often.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     for batch in loader.epoch(0):
+        before_batch()
         if not batch.portion.count:
             continue
         labels = batch.labels.to(accelerator.device, non_blocking=True)
@@ -42,4 +44,5 @@ def evaluate(
             ]
         )
     loss, top1, top5, count = accelerator.reduce(sums, "sum").tolist()
-    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    scores = {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    return scores | {"images": int(count)}

@@ -288,6 +288,16 @@ def training_flags(parser: Parser) -> None:
         help="CPU threads a process (default: the machine's cores shared among its processes)",
     )
     switch(group, "--amp", help="the same as --mixed-precision bf16")
+    switch(
+        group,
+        "--sync-bn",
+        help="batch statistics over all processes, on GPUs; on CPUs use --freeze-bn",
+    )
+    switch(
+        group,
+        "--deterministic",
+        help="only operations that give the same bits in every run; on a CPU all do",
+    )
     switch(group, "--channels-last", help="NHWC memory format")
     switch(group, "--torchcompile", help="compile the training step")
     flag(
@@ -326,6 +336,25 @@ def run_flags(parser: Parser) -> None:
     flag(group, "--checkpoint-hist", type=positive, default=2, help="checkpoints kept")
     flag(
         group,
+        "--checkpoint-steps",
+        type=positive,
+        metavar="N",
+        help="also save every N steps within an epoch (default: after each epoch)",
+    )
+    flag(
+        group,
+        "--profile",
+        type=positive,
+        metavar="N",
+        help="record N training steps in profile/ of the run folder",
+    )
+    parser.switch(
+        group,
+        "--eval-only",
+        help="score the weights of --initial-checkpoint, --pretrained or --resume PATH, and stop",
+    )
+    flag(
+        group,
         "--save-epochs",
         type=positive,
         nargs="+",
@@ -334,6 +363,14 @@ def run_flags(parser: Parser) -> None:
     )
     flag(group, "--log-interval", type=positive, default=50, help="steps between readings")
     flag(group, "--seed", type=natural, default=0, help="of everything random")
+    flag(
+        group,
+        "--seeds",
+        type=natural,
+        nargs="+",
+        metavar="SEED",
+        help="one run after the other with these seeds, each in its own folder",
+    )
 
 
 def every_key() -> set[str]:

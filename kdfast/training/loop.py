@@ -8,33 +8,52 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
+from accelerate.utils import gather_object
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from kdfast.data import Loader
+from kdfast.data import Batch, Loader
 from kdfast.errors import UsageError, UserError
 from kdfast.models import save_weights
-from kdfast.seeding import derive_seed
-from kdfast.training import checkpoint
+from kdfast.seeding import derive_seed, seed_process
+from kdfast.training import checkpoint, journal
+from kdfast.training.checkpoint import Position
 from kdfast.training.evaluate import evaluate
+from kdfast.training.interrupt import Interrupt, Stopped
 from kdfast.training.objective import Objective
+from kdfast.training.profile import Profile
 from kdfast.training.run_folder import RunFolder, on_main
 from kdfast.training.schedules import Schedule
 from kdfast.training.teacher import Teacher
+from kdfast.training.tell import duration
+
+
+@dataclass
+class Progress:
+    """Where a run is, and what an unfinished epoch has added up on this process.
+
+    `sums` are float64 [1 + terms + 1]: total and terms weighted by images, then the images.
+    """
+
+    position: Position
+    sums: list[float]
+    seconds: float = 0.0
 
 
 class Trainer:
     """Trains `objective` on `train`, evaluates on `held_out` after every epoch, writes `run`.
 
     `prepare` maps a loader's uint8 images to the device, normalised; `metadata` goes into every
-    weights file. With `resume` it goes on from the newest checkpoint in `run`.
+    weights file, `arguments` into the run's record. With `resume` it goes on from the newest
+    checkpoint in `run`: on a CPU the end is then bit-identical to that of an uninterrupted run.
     """
 
     def __init__(
@@ -47,13 +66,14 @@ class Trainer:
         run: RunFolder,
         options: argparse.Namespace,
         metadata: dict[str, Any],
+        arguments: dict[str, Any],
         *,
         teacher: Teacher | None = None,
         resume: bool = False,
     ):
         self.accelerator, self.run, self.options = accelerator, run, options
         self.train, self.held_out, self.prepare = train, held_out, prepare
-        self.metadata, self.teacher = metadata, teacher
+        self.metadata, self.arguments, self.teacher = metadata, arguments, teacher
         layout = torch.channels_last if options.channels_last else torch.preserve_format
         self.objective = objective.to(accelerator.device, memory_format=layout)
         try:
@@ -71,89 +91,128 @@ class Trainer:
         self.average = None
         if options.model_ema:
             self.average = ModelEmaV3(objective.student, decay=options.model_ema_decay)
+        self.names = ["loss", *objective.term_names]
         self.history: dict[str, Any] = {"last": None, "best": None}
-        self.first_epoch = self._restore() if resume else 0
+        self.progress = Progress(Position(0), self._no_sums())
+        self.random_state: dict[str, Any] | None = None
+        if resume:
+            self._restore()
         module = torch.compile(objective) if options.torchcompile else objective
         self.step_module = accelerator.prepare_model(module)
         self.step_optimizer = accelerator.prepare_optimizer(self.optimizer)
         self.tracker = None
 
     def fit(self) -> dict[str, Any]:
-        """Train the remaining epochs; returns `last` and `best`: {epoch, top1, top5, loss}."""
+        """Train what remains; returns `last` and `best`: {epoch, top1, top5, loss}.
+
+        Raises `Stopped`, with a checkpoint written, when SIGTERM or SIGINT arrives.
+        """
         options, main = self.options, self.accelerator.is_main_process
-        if main and self.first_epoch < options.epochs:
-            self.tracker = TensorBoardTracker("", self.run.tensorboard)
+        first, done = self.progress.position.epoch, self.progress.position.epoch >= options.epochs
+        on_main(self.accelerator, lambda: self.run.begin(self.arguments, done=done))
+        if main and not done:
+            # Of an epoch that is trained again the old point goes.
+            again = first + 1 if first else None
+            self.tracker = TensorBoardTracker("", self.run.tensorboard, purge_step=again)
             self.tracker.start()
-        for epoch in range(self.first_epoch, options.epochs):
-            started = time.perf_counter()
-            self.schedule.start_epoch(epoch)
-            # Dropout is then a function of (seed, epoch, process), whatever ran before.
-            rank = self.accelerator.process_index
-            torch.manual_seed(derive_seed(options.seed, "train", epoch, rank))
-            losses, images = self._train_epoch(epoch)
-            trained = time.perf_counter() - started
-            self._share_buffers()
-            scores = self._evaluate()
-            row = {"epoch": epoch + 1}
-            row |= {f"train_{name}": value for name, value in losses.items()}
-            row |= {f"eval_{name}": scores[name] for name in ("loss", "top1", "top5")}
-            row["lr"] = self.optimizer.param_groups[0]["lr"]
-            row["images_per_second"] = round(images / trained, 1)
-            row["seconds"] = round(time.perf_counter() - started, 3)
-            better = self._remember(row)
-            on_main(self.accelerator, lambda row=row, better=better: self._close_epoch(row, better))
-        if self.tracker is not None:
-            self.tracker.finish()
+        self.started, self.share_before = time.perf_counter(), self._share_done()
+        profiler = Profile(self.run.profile, options.profile if main else None)
+        try:
+            with Interrupt(self.accelerator) as self.interrupt, profiler as self.profile:
+                for epoch in range(first, options.epochs):
+                    self._run_epoch(epoch)
+        finally:
+            if self.tracker is not None:
+                self.tracker.finish()
         return dict(self.history)
 
-    def _train_epoch(self, epoch: int) -> tuple[dict[str, float], int]:
-        accelerator, device = self.accelerator, self.accelerator.device
-        names = ["loss", *self.objective.term_names]
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
-        first_bad = torch.full((len(names),), math.inf, dtype=torch.float64, device=device)
+    def _run_epoch(self, epoch: int) -> None:
+        started = time.perf_counter() - self.progress.seconds
+        self.schedule.start_epoch(epoch)
+        if self.random_state is not None:
+            checkpoint.set_random_state(self.random_state)
+            self.random_state = None
+        else:
+            # Dropout is then a function of (seed, epoch, process), whatever ran before.
+            rank = self.accelerator.process_index
+            seed_process(derive_seed(self.options.seed, "train", epoch, rank))
+        sums = self._train_epoch(started)
+        losses, images = self._means(sums)
+        trained = time.perf_counter() - started
+        self._share_state()
+        scores = self._evaluate(sums, started)
+        row = {"epoch": epoch + 1}
+        row |= {f"train_{name}": value for name, value in losses.items()}
+        row |= {f"eval_{name}": scores[name] for name in ("loss", "top1", "top5")}
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["images_per_second"] = round(images / trained, 1)
+        row["seconds"] = round(time.perf_counter() - started, 3)
+        better = self._remember(row)
+        self.progress = Progress(Position(epoch + 1), self._no_sums())
+        on_main(self.accelerator, lambda: self._close_epoch(row, better))
+        self._save()
+
+    def _train_epoch(self, started: float) -> torch.Tensor:
+        """The rest of the epoch at hand; returns this process's sums."""
+        accelerator, device, options = self.accelerator, self.accelerator.device, self.options
+        epoch, done = self.progress.position
+        steps = self.train.plan.steps
+        sums = torch.tensor(self.progress.sums, dtype=torch.float64, device=device)
+        self.first_bad = torch.full_like(sums[:-1], math.inf)
         self._train_mode()
-        done = 0
-        first_step = epoch * self.train.plan.steps
         bar = tqdm(
-            total=self.train.plan.steps,
-            desc=f"epoch {epoch + 1}/{self.options.epochs}",
+            total=steps,
+            initial=done,
+            desc=f"epoch {epoch + 1}/{options.epochs}",
             disable=not (accelerator.is_main_process and sys.stderr.isatty()),
             leave=False,
         )
-        self.schedule.start_step(first_step)
-        for batch in self.train.epoch(epoch):
-            portion = batch.portion
-            images = self.prepare(batch.images)
-            labels = batch.labels.to(device, non_blocking=True)
-            taught: tuple = ()
-            if self.teacher is not None:
-                with accelerator.autocast():
-                    taught = self.teacher(images)
-            wait = not portion.ends_step
-            with accelerator.no_sync(self.step_module) if wait else nullcontext():
-                total, terms, _ = self._forward(images, labels, taught)
-                accelerator.backward(total * portion.weight)
-            values = torch.cat([total.detach().reshape(1), terms]).double()
-            bad = ~torch.isfinite(values) & torch.isinf(first_bad)
-            first_bad = torch.where(bad, float(first_step + done + 1), first_bad)
-            sums[:-1] += values * portion.count
-            sums[-1] += portion.count
-            if wait:
+        self.schedule.start_step(epoch * steps + done)
+        for batch in self.train.epoch(epoch, first_step=done):
+            if batch.portion.starts_step and (number := self.interrupt.agreed()):
+                self._stop(number, sums, started)
+            sums[:-1] += self._micro_step(batch, epoch * steps + done + 1)
+            sums[-1] += batch.portion.count
+            if not batch.portion.ends_step:
                 continue
-            if self.options.clip_grad:
-                accelerator.clip_grad_norm_(self.objective.parameters(), self.options.clip_grad)
+            if options.clip_grad:
+                accelerator.clip_grad_norm_(self.objective.parameters(), options.clip_grad)
             self.step_optimizer.step()
             self.step_optimizer.zero_grad()
-            if self.average is not None:
+            if self.average is not None and accelerator.is_main_process:
                 self.average.update(self.objective.student)
             done += 1
+            self.progress.position = Position(epoch, done)
             bar.update()
-            self.schedule.start_step(first_step + done)
-            if done % self.options.log_interval == 0:
-                means, _ = self._read(sums, first_bad, names)
-                bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+            self.profile.step()
+            self.schedule.start_step(epoch * steps + done)
+            if done % options.log_interval == 0:
+                means, _ = self._means(sums)
+                shown = {name: f"{value:.4g}" for name, value in means.items()}
+                bar.set_postfix({"left": self._time_left(), **shown})
+            if options.checkpoint_steps and done % options.checkpoint_steps == 0 and done < steps:
+                self._pause(sums, started)
+                self._save()
         bar.close()
-        return self._read(sums, first_bad, names)
+        return sums
+
+    def _micro_step(self, batch: Batch, step: int) -> torch.Tensor:
+        """Forward and backward; returns total and terms times the images, float64 [1 + terms]."""
+        accelerator, portion = self.accelerator, batch.portion
+        images = self.prepare(batch.images)
+        labels = batch.labels.to(accelerator.device, non_blocking=True)
+        taught: tuple = ()
+        if self.teacher is not None:
+            with accelerator.autocast():
+                taught = self.teacher(images)
+        wait = not portion.ends_step
+        with accelerator.no_sync(self.step_module) if wait else nullcontext():
+            total, terms, _ = self._forward(images, labels, taught)
+            accelerator.backward(total * portion.weight)
+        values = torch.cat([total.detach().reshape(1), terms]).double()
+        bad = ~torch.isfinite(values) & torch.isinf(self.first_bad)
+        self.first_bad = torch.where(bad, float(step), self.first_bad)
+        return values * portion.count
 
     def _forward(self, images, labels, taught):
         try:
@@ -166,20 +225,24 @@ class Trainer:
                 ) from None
             raise
 
-    def _read(self, sums, first_bad, names) -> tuple[dict[str, float], int]:
-        """Means over all processes so far; raises `UserError` when one is not finite."""
+    def _means(self, sums: torch.Tensor) -> tuple[dict[str, float], int]:
+        """Means over all processes so far, and images; raises `UserError` for one not finite."""
         *totals, count = self.accelerator.reduce(sums, "sum").tolist()
         if not all(map(math.isfinite, totals)):
-            bad = self.accelerator.gather(first_bad[None]).amin(0).tolist()
+            bad = self.accelerator.gather(self.first_bad[None]).amin(0).tolist()
             step = min(bad)
             # The total goes bad with any term; the term is the news.
-            term = next(n for n, s in reversed(list(zip(names, bad, strict=True))) if s == step)
+            pairs = reversed(list(zip(self.names, bad, strict=True)))
+            term = next(name for name, its_step in pairs if its_step == step)
             good = checkpoint.latest(self.run.checkpoints)
             raise UserError(
                 f"loss term '{term}' is not finite at step {step:.0f}; last good checkpoint: "
                 f"{good or 'none'}; lower --lr or the term's weight, or add --clip-grad"
             )
-        return {n: t / count for n, t in zip(names, totals, strict=True)}, int(count)
+        return {n: t / count for n, t in zip(self.names, totals, strict=True)}, int(count)
+
+    def _no_sums(self) -> list[float]:
+        return [0.0] * (len(self.names) + 1)
 
     def _train_mode(self) -> None:
         self.objective.train()
@@ -188,19 +251,30 @@ class Trainer:
                 if isinstance(module, _BatchNorm):
                     module.eval()
 
-    def _share_buffers(self) -> None:
-        """Give every process the main one's running statistics: one network is scored and saved."""
+    def _share_state(self) -> None:
+        """Give every process the main one's running statistics, and its average of the weights.
+
+        One network is then scored and saved.
+        """
         if self.accelerator.num_processes == 1:
             return
-        networks = [self.objective] + ([self.average.module] if self.average is not None else [])
-        for network in networks:
-            for buffer in network.buffers():
-                torch.distributed.broadcast(buffer, 0)
+        shared = list(self.objective.buffers())
+        if self.average is not None:
+            shared += self.average.module.state_dict().values()
+        for tensor in shared:
+            torch.distributed.broadcast(tensor, 0)
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, sums: torch.Tensor, started: float) -> dict[str, float]:
         student = self.average.module if self.average is not None else self.objective.student
         student.eval()
-        return evaluate(lambda x: student(x)[0], self.held_out, self.accelerator, self.prepare)
+
+        def before_batch() -> None:
+            if number := self.interrupt.agreed():
+                self._stop(number, sums, started)
+
+        return evaluate(
+            lambda x: student(x)[0], self.held_out, self.accelerator, self.prepare, before_batch
+        )
 
     def _remember(self, row: dict[str, Any]) -> bool:
         """Keep the last and best scores; returns whether this epoch is the best (first on ties)."""
@@ -222,18 +296,6 @@ class Trainer:
         if epoch in options.save_epochs:
             save_weights(self.run.epoch_weights(epoch), student.model, metadata)
         self.run.append_row(row)
-        state = {"history": self.history}
-        if self.accelerator.scaler is not None:
-            state["scaler"] = self.accelerator.scaler.state_dict()
-        checkpoint.save(
-            self.run.checkpoints,
-            epoch,
-            self.objective,
-            self.optimizer,
-            state,
-            average=self.average,
-            keep=options.checkpoint_hist,
-        )
         tags = {
             k.replace("_", "/", 1) if k.startswith(("train_", "eval_")) else f"train/{k}": v
             for k, v in row.items()
@@ -241,21 +303,85 @@ class Trainer:
         }
         self.tracker.log(tags, step=epoch)
         terms = "  ".join(f"{n} {row[f'train_{n}']:.4g}" for n in self.objective.term_names)
-        print(
+        journal.say(
             f"epoch {epoch:>{len(str(options.epochs))}}/{options.epochs}  "
             f"loss {row['train_loss']:.4f}  {terms}  top1 {row['eval_top1']:.2f}  "
-            f"{row['images_per_second']:.0f} images/s",
-            flush=True,
+            f"{row['images_per_second']:.0f} images/s"
+            + (f"  {left} left" if (left := self._time_left()) else "")
         )
 
-    def _restore(self) -> int:
+    def _share_done(self) -> float:
+        epoch, step = self.progress.position
+        return (epoch + step / self.train.plan.steps) / self.options.epochs
+
+    def _time_left(self) -> str:
+        """Of the whole run, at the speed since this process began with it; empty when unknown."""
+        done = self._share_done()
+        spent = time.perf_counter() - self.started
+        if done in (self.share_before, 1):
+            return ""
+        return duration(spent * (1 - done) / (done - self.share_before))
+
+    def _pause(self, sums: torch.Tensor, started: float) -> None:
+        """Note what the unfinished epoch has added up, which must be finite to be saved."""
+        if self.progress.position.step:
+            self._means(sums)
+        self.progress.sums = sums.tolist()
+        self.progress.seconds = time.perf_counter() - started
+
+    def _stop(self, number: int, sums: torch.Tensor, started: float) -> None:
+        """Write a checkpoint of where the run is, and end it."""
+        position = self.progress.position
+        if position == Position(0):
+            raise Stopped(number, " before the first step; nothing is saved yet")
+        self._pause(sums, started)
+        kept = self.run.checkpoints / position.name()
+        if not on_main(self.accelerator, kept.exists):
+            self._save()
+        raise Stopped(
+            number,
+            f" after epoch {position.epoch}, step {position.step}; saved {kept}; the same command "
+            "with --resume auto goes on from there",
+        )
+
+    def _save(self) -> None:
+        """Write a checkpoint of `progress`."""
+        mine = {"sums": self.progress.sums, "random": checkpoint.random_state()}
+        state = {
+            "history": self.history,
+            "seconds": self.progress.seconds,
+            "processes": gather_object([mine]),
+        }
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        on_main(
+            self.accelerator,
+            lambda: checkpoint.save(
+                self.run.checkpoints,
+                self.progress.position,
+                self.objective,
+                self.optimizer,
+                state,
+                summary=self.run.summary,
+                average=self.average,
+                keep=self.options.checkpoint_hist,
+            ),
+        )
+
+    def _restore(self) -> None:
         path = checkpoint.latest(self.run.checkpoints)
         if path is None:
-            on_main(self.accelerator, lambda: self.run.keep_rows(0))
-            return 0
-        state = checkpoint.load(path, self.objective, self.optimizer, average=self.average)
+            on_main(self.accelerator, lambda: self.run.set_rows(""))
+            return
+        position, state = checkpoint.load(
+            path, self.objective, self.optimizer, average=self.average
+        )
         if "scaler" in state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.history = state["history"]
-        on_main(self.accelerator, lambda: self.run.keep_rows(state["epoch"]))
-        return state["epoch"]
+        mine = state["processes"][self.accelerator.process_index]
+        self.progress = Progress(position, mine["sums"], state["seconds"])
+        if position.step:
+            self.random_state = mine["random"]
+        summary = self.run.summary
+        on_main(self.accelerator, lambda: self.run.set_rows(checkpoint.rows_of(path, summary)))

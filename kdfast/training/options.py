@@ -49,6 +49,15 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(
             f"--warmup-epochs {options.warmup_epochs} is longer than --epochs {options.epochs}"
         )
+    if options.seeds:
+        if "seed" in options.given:
+            raise UsageError("--seed and --seeds contradict each other; give one of them")
+        if len(set(options.seeds)) < len(options.seeds):
+            raise UsageError(f"--seeds {' '.join(map(str, options.seeds))} repeats a seed")
+        if options.resume not in (None, "auto"):
+            raise UsageError("--resume PATH is one run; with --seeds give --resume auto")
+        if options.eval_only:
+            raise UsageError("--eval-only scores one network; drop --seeds")
     if max(options.save_epochs, default=0) > options.epochs:
         raise UsageError(f"--save-epochs {max(options.save_epochs)} is after the last epoch")
     return options

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import yaml
 from accelerate import Accelerator
@@ -18,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 import kdfast
 from kdfast import about
 from kdfast.errors import UsageError, UserError
+from kdfast.training import journal
 
 T = TypeVar("T")
 
@@ -62,12 +65,14 @@ def _not_written(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {reason}; what was saved before is intact")
 
 
+# Of the folder: what lies where, and what `args.yaml` means.
+LAYOUT = 1
 # What a resumed run may change; all else it must share with the run it goes on with. The teacher
 # is known by its checksum, wherever it lies.
 _FREE = {
     "output", "experiment", "resume", "recipe", "epochs", "save-epochs", "checkpoint-hist",
-    "log-interval", "workers", "threads", "data-dir", "download", "baseline", "amp",
-    "teacher-checkpoint", "teacher-epochs",
+    "checkpoint-steps", "log-interval", "profile", "workers", "threads", "data-dir", "download",
+    "baseline", "amp", "teacher-checkpoint", "teacher-epochs",
 }  # fmt: skip
 # Named first when several differ.
 _TELLING = ("dataset", "model", "teacher", "teacher-checksum", "method", "methods", "opt", "seed")
@@ -100,12 +105,15 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
+        self.profile = path / "profile"
         self.arguments = path / "args.yaml"
         self.summary = path / "summary.csv"
         self.results = path / "results.json"
+        self.log = path / "train.log"
+        self._lock: IO | None = None
 
     def check(self, *, resume: bool) -> None:
-        """Raise early what `create` would raise late; writes nothing."""
+        """Raise early what `begin` would raise late; writes nothing."""
         if self.path.exists() and not resume:
             raise UsageError(
                 f"run folder {self.path} exists; add --resume auto to go on with it, give another "
@@ -115,26 +123,88 @@ class RunFolder:
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise UserError(f"cannot write run folder {self.path}; give another --output")
 
-    def create(self, *, resume: bool) -> None:
-        """Make the folder; raises as `check` does."""
-        self.check(resume=resume)
+    @contextmanager
+    def claimed(
+        self, accelerator: Accelerator, arguments: dict[str, Any], *, resume: bool
+    ) -> Iterator[None]:
+        """Hold the folder for this run alone, checked against the `arguments` it was made with.
+
+        Nothing is written before `begin`. Raises `UsageError` when the folder is of another run,
+        `UserError` when another process holds it or its record is damaged.
+        """
+        on_main(accelerator, lambda: self._claim(arguments, resume))
+        logs = journal.depth()
         try:
+            yield
+        except UserError as error:
+            if journal.depth() > logs:
+                # Whoever reads the log later learns how the run ended.
+                with suppress(OSError):
+                    journal.note(f"error: {error}")
+            raise
+        finally:
+            if journal.depth() > logs:
+                journal.close_log()
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
+
+    def _claim(self, arguments: dict[str, Any], resume: bool) -> None:
+        self.check(resume=resume)
+        if self.path.exists():
+            self._take_lock()
+            self._check_same(arguments)
+
+    def begin(self, arguments: dict[str, Any], *, done: bool) -> None:
+        """Make or enter the folder: record `arguments`, open the log.
+
+        Results of a run that is not `done` are removed: they are those of a shorter one.
+        """
+        try:
+            # Of two that make it at the same time one takes the lock.
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"cannot write run folder {self.path}: {error.strerror}; give another --output"
             ) from None
+        self._take_lock()
+        self.write_arguments(arguments)
+        if not done:
+            self.results.unlink(missing_ok=True)
+        journal.open_log(self.log)
 
-    def check_same(self, arguments: dict[str, Any]) -> None:
+    def _take_lock(self) -> None:
+        if self._lock is not None:
+            return
+        self._lock = (self.path / ".lock").open("a")
+        try:
+            # A record lock: gone with the process that holds it, however that ends, and not
+            # inherited by its loader processes.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"run folder {self.path} is in use by another process; wait for it to end, or give "
+                "another --experiment"
+            ) from None
+
+    def _check_same(self, arguments: dict[str, Any]) -> None:
         """Refuse to go on with a run made with other options than those that `_FREE` lists."""
         if not self.arguments.exists():
             return
         try:
-            before = yaml.safe_load(self.arguments.read_text())["options"]
+            record = yaml.safe_load(self.arguments.read_text())
+            before, layout = record["options"], int(record.get("layout", 1))
             keys = [*_TELLING, *sorted((before.keys() | arguments.keys()) - _FREE)]
             differing = [key for key in keys if before.get(key) != arguments.get(key)]
-        except (UnicodeDecodeError, yaml.YAMLError, TypeError, LookupError, AttributeError):
+        except (
+            UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError,
+        ):  # fmt: skip
             raise UserError(f"{self.arguments} is damaged; the run cannot be resumed") from None
+        if layout > LAYOUT:
+            raise UserError(
+                f"{self.path} was written by a newer kdfast (folder layout {layout}, this one "
+                f"knows {LAYOUT}); update kdfast"
+            )
         if differing:
             key = differing[0]
             theirs, ours = (
@@ -147,15 +217,15 @@ class RunFolder:
             )
 
     def write_arguments(self, arguments: dict[str, Any]) -> None:
-        content = {"options": arguments, "environment": environment()}
+        content = {"layout": LAYOUT, "options": arguments, "environment": environment()}
         write_atomic(self.arguments, yaml.safe_dump(content, sort_keys=False))
 
-    def keep_rows(self, epochs: int) -> None:
-        """Cut the summary back to its first `epochs` epochs, as a resumed run needs it."""
-        if self.summary.exists():
-            lines = self.summary.read_text().splitlines(keepends=True)
-            if len(lines) > epochs + 1:
-                write_atomic(self.summary, "".join(lines[: epochs + 1]))
+    def set_rows(self, text: str) -> None:
+        """Cut the summary back to `text`, what it was when a checkpoint was written."""
+        if not text:
+            self.summary.unlink(missing_ok=True)
+        elif self.summary.read_text() != text:
+            write_atomic(self.summary, text)
 
     def append_row(self, row: dict[str, Any]) -> None:
         text = io.StringIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from kdfast import ops
@@ -38,6 +40,7 @@ from kdfast.models import (
     read_weights,
 )
 from kdfast.seeding import derive_seed
+from kdfast.training import processes
 from kdfast.training.options import batch_size
 from kdfast.training.run_folder import on_main
 
@@ -50,6 +53,14 @@ def start(options: argparse.Namespace) -> Accelerator:
         raise UsageError(f"mixed precision {precision} is not supported; use bf16, fp16 or no")
     if precision == "fp16" and not gpu:
         raise UsageError("--mixed-precision fp16 needs a GPU; use bf16 on a CPU")
+    if options.sync_bn and not gpu:
+        raise UsageError("--sync-bn needs GPUs; on CPUs use --freeze-bn")
+    if options.sync_bn and options.freeze_bn:
+        raise UsageError("--sync-bn and --freeze-bn contradict each other")
+    if options.deterministic:
+        # Read by cuBLAS when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(options.deterministic)
     if options.ops:
         try:
             ops.use(options.ops)
@@ -62,6 +73,7 @@ def start(options: argparse.Namespace) -> Accelerator:
     accelerator = Accelerator(cpu=not gpu, mixed_precision=precision, kwargs_handlers=[wrapper])
     if threads:
         torch.set_num_threads(threads)
+    processes.start(os.path.basename(sys.argv[0]))
     return accelerator
 
 
@@ -186,7 +198,8 @@ def build_model(options: argparse.Namespace, classes: int, *, seed_name: str) ->
     )
     if options.initial_checkpoint:
         load_weights(model, weights_path(options.initial_checkpoint))
-    return model
+    # Before anything watches its layers.
+    return convert_sync_batchnorm(model) if options.sync_bn else model
 
 
 def weights_path(path: str | Path) -> Path:
@@ -299,7 +312,15 @@ def count_operations(model: nn.Module, size: tuple[int, int]) -> int:
 
 def plain(options: argparse.Namespace, **resolved: Any) -> dict[str, Any]:
     """The options as YAML would give them again: flag names, plain values, resolved methods."""
-    hidden = {"given", "layers_of_methods", "print_config", "config", "plugin"}
+    hidden = {
+        "given",
+        "layers_of_methods",
+        "print_config",
+        "config",
+        "plugin",
+        "seeds",
+        "eval_only",
+    }
     replaced = {"method", "alpha", "beta", "gamma"} if "methods" in resolved else set()
     content = {
         key.replace("_", "-"): dict(value) if key.endswith("_kwargs") else value

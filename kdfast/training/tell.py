@@ -7,6 +7,13 @@ from typing import Any
 from kdfast.training.objective import Choice
 
 
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as `1:02:03` or `2:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
 def comparison(
     teacher: str,
     student: str,
