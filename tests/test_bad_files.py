@@ -17,7 +17,8 @@ from kdfast.errors import UserError
 from kdfast.models import create_model
 
 CLASSIFIER, DISTILL = "train/classifier.py", "train/distill.py"
-STARTED = ["output", "output/mine", "output/mine/args.yaml", "output/mine/tensorboard",
+STARTED = ["output", "output/mine", "output/mine/args.yaml", "output/mine/.lock",
+           "output/mine/train.log", "output/mine/tensorboard",
            "output/mine/tensorboard/*"]  # fmt: skip
 PUPIL = ("--teacher", "cifar_resnet8", "--no-baseline")
 

@@ -18,7 +18,8 @@ CLASSIFIER, DISTILL = "train/classifier.py", "train/distill.py"
 BOTH = (CLASSIFIER, DISTILL)
 SHORT = ("--epochs", 1, "--train-limit", 32, "--eval-limit", 16, "-b", 16)
 PUPIL = ("--teacher", "cifar_resnet8", "--no-baseline")
-STARTED = ["output", "output/mine", "output/mine/args.yaml", "output/mine/tensorboard",
+STARTED = ["output", "output/mine", "output/mine/args.yaml", "output/mine/.lock",
+           "output/mine/train.log", "output/mine/tensorboard",
            "output/mine/tensorboard/*"]  # fmt: skip
 
 
@@ -71,7 +72,7 @@ class FullDisk:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-WRITTEN = ["output/mine/tensorboard/*", "output/mine/last.safetensors",
+WRITTEN = ["output/mine/tensorboard/*", "output/mine/train.log", "output/mine/last.safetensors",
            "output/mine/best.safetensors", "output/mine/args.yaml"]  # fmt: skip
 
 

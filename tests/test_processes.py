@@ -144,8 +144,8 @@ def test_synchronised_statistics_need_gpus(refused):
 def test_deterministic(run_script, teacher_run, tmp_path):
     """On a CPU the same bits with the flag as without; an operation that has none is refused."""
     flags = (DISTILL, *FEW, "--output", ".", "--method", "kd", "at", "fsp", "logits",
-             "--no-baseline", "--recipe", "self", "--teacher", "cifar_resnet8", "--teacher-checkpoint", teacher_run,
-             "--model-kwargs", "init=default")  # fmt: skip
+             "--no-baseline", "--recipe", "self", "--teacher", "cifar_resnet8",
+             "--teacher-checkpoint", teacher_run, "--model-kwargs", "init=default")  # fmt: skip
     for name, flag in (("plain", ()), ("strict", ("--deterministic",))):
         code, _, err = run_script(*flags, "--experiment", name, *flag)
         assert code == 0, err
@@ -155,7 +155,7 @@ def test_deterministic(run_script, teacher_run, tmp_path):
     assert checksum(one) == checksum(two)
 
 
-RANDOM = """
+RANDOM = '''
 import torch
 from kdfast.methods import Method, method
 
@@ -170,7 +170,7 @@ class Scatter(Method):
         out = torch.zeros(20)
         out.put_(torch.zeros(3, dtype=torch.int64), torch.ones(3), accumulate=False)
         return student.logits.sum() * 0 + out.sum() * 0
-"""
+'''
 
 
 def test_operation_without_a_deterministic_form(refused, teacher_run, tmp_path):

@@ -13,7 +13,7 @@ import yaml
 
 from kdfast.analysis import Unfinished, read_run, read_runs, tabulate, write_report
 from kdfast.errors import UserError
-from kdfast.training import run_folder
+from kdfast.training import layout
 
 REPORT = "analysis/report.py"
 FILES = ["curves.png", "report.csv", "report.html", "report.md"]
@@ -193,7 +193,7 @@ def test_order_of_methods_does_not_matter(tmp_path):
 
 
 def test_what_results_do_not_depend_on_does_not_split(tmp_path):
-    free = sorted(run_folder._FREE - {"epochs"})
+    free = sorted(layout.FREE - {"epochs"})
     for seed in (0, 1):
         distilled(tmp_path / f"s{seed}", 80.0, seed=seed, **{key: f"{key} {seed}" for key in free})
     (row,) = rows_of(table_of(tmp_path)).values()
@@ -370,9 +370,9 @@ def test_damaged(refused, tmp_path, case):
 
 
 def test_layouts(tmp_path, monkeypatch):
-    for layout in (None, 1):
-        assert read_run(write_run(tmp_path / f"of {layout}", layout=layout)).seed == 0
-    newer = write_run(tmp_path / "newer", layout=run_folder.LAYOUT + 1, finished=False)
+    for number in (None, 1):
+        assert read_run(write_run(tmp_path / f"of {number}", layout=number)).seed == 0
+    newer = write_run(tmp_path / "newer", layout=layout.LAYOUT + 1, finished=False)
     with pytest.raises(UserError, match="newer kdfast"):
         read_run(newer)
 

@@ -6,21 +6,15 @@ import re
 from typing import Any
 
 from kdfast.analysis.runs import Run
-from kdfast.training.flags import distill_flags
-from kdfast.training.parser import Parser
-from kdfast.training.run_folder import _FREE
-
-
-def _distilling() -> set[str]:
-    parser = Parser()
-    distill_flags(parser)
-    return set(parser.actions()) | {"methods", "teacher-checksum"}
-
+from kdfast.training.layout import FREE
 
 # What a resumed run may change, its length apart. Every seed may have a teacher of its own.
-_INCIDENTAL = _FREE - {"epochs"} | {"seed", "teacher-checksum", "method", "methods"}
+_INCIDENTAL = FREE - {"epochs"} | {"seed", "teacher-checksum", "method", "methods"}
 # What a network trained on labels alone does not depend on.
-_DISTILLING = _distilling()
+_DISTILLING = {
+    "teacher", "teacher-pretrained", "teacher-kwargs", "teacher-bn", "method", "methods", "alpha",
+    "beta", "gamma", "student-layers", "teacher-layers", "teacher-checksum",
+}  # fmt: skip
 
 
 def identity(run: Run, *, alone: bool = False) -> dict[str, Any]:

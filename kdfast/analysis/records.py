@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 from kdfast.errors import UserError
-from kdfast.training.run_folder import LAYOUT
+from kdfast.training.layout import LAYOUT
 
 SCORES = ("top1", "top5", "loss")
 # Ten times as fast where PyYAML was built with libyaml; equally safe.

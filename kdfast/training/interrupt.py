@@ -10,18 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from kdfast.errors import UserError
-
 # Launchers pass a Ctrl-C on to processes that the terminal has told already.
 _ECHO_SECONDS = 2.0
-
-
-class Stopped(UserError):
-    """The run was asked to stop, and did; the exit code is the shell's for that signal."""
-
-    def __init__(self, number: int, message: str):
-        super().__init__(f"stopped by {signal.Signals(number).name}{message}")
-        self.exit_code = 128 + number
 
 
 class Interrupt:

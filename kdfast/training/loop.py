@@ -21,13 +21,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from kdfast.data import Batch, Loader
-from kdfast.errors import UsageError, UserError
+from kdfast.errors import Stopped, UsageError, UserError
 from kdfast.models import save_weights
 from kdfast.seeding import derive_seed, seed_process
 from kdfast.training import checkpoint, journal
 from kdfast.training.checkpoint import Position
 from kdfast.training.evaluate import evaluate
-from kdfast.training.interrupt import Interrupt, Stopped
+from kdfast.training.interrupt import Interrupt
 from kdfast.training.objective import Objective
 from kdfast.training.profile import Profile
 from kdfast.training.run_folder import RunFolder, on_main
@@ -108,9 +108,9 @@ class Trainer:
         Raises `Stopped`, with a checkpoint written, when SIGTERM or SIGINT arrives.
         """
         options, main = self.options, self.accelerator.is_main_process
-        first, done = self.progress.position.epoch, self.progress.position.epoch >= options.epochs
-        on_main(self.accelerator, lambda: self.run.begin(self.arguments, done=done))
-        if main and not done:
+        first = self.progress.position.epoch
+        on_main(self.accelerator, lambda: self.run.begin(self.arguments))
+        if main and first < options.epochs:
             # Of an epoch that is trained again the old point goes.
             again = first + 1 if first else None
             self.tracker = TensorBoardTracker("", self.run.tensorboard, purge_step=again)

@@ -17,7 +17,7 @@ from datetime import timedelta
 
 from torch import distributed
 
-from kdfast.training.interrupt import Stopped
+from kdfast.errors import Stopped
 
 # A process that has not beaten for so long is dead, or as good as.
 _SILENT_SECONDS = 30.0

@@ -21,8 +21,11 @@ import kdfast
 from kdfast import about
 from kdfast.errors import UsageError, UserError
 from kdfast.training import journal
+from kdfast.training.layout import FREE, LAYOUT
 
 T = TypeVar("T")
+# Named first when several differ.
+_TELLING = ("dataset", "model", "teacher", "teacher-checksum", "method", "methods", "opt", "seed")
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
@@ -63,19 +66,6 @@ def write_atomic(path: Path, text: str) -> None:
 def _not_written(path: Path, error: OSError) -> UserError:
     reason = error.strerror or error
     return UserError(f"cannot write {path}: {reason}; what was saved before is intact")
-
-
-# Of the folder: what lies where, and what `args.yaml` means.
-LAYOUT = 1
-# What a resumed run may change; all else it must share with the run it goes on with. The teacher
-# is known by its checksum, wherever it lies.
-_FREE = {
-    "output", "experiment", "resume", "recipe", "epochs", "save-epochs", "checkpoint-hist",
-    "checkpoint-steps", "log-interval", "profile", "workers", "threads", "data-dir", "download",
-    "baseline", "amp", "teacher-checkpoint", "teacher-epochs",
-}  # fmt: skip
-# Named first when several differ.
-_TELLING = ("dataset", "model", "teacher", "teacher-checksum", "method", "methods", "opt", "seed")
 
 
 def choose_run(options: argparse.Namespace, name: str) -> RunFolder:
@@ -132,9 +122,9 @@ class RunFolder:
         Nothing is written before `begin`. Raises `UsageError` when the folder is of another run,
         `UserError` when another process holds it or its record is damaged.
         """
-        on_main(accelerator, lambda: self._claim(arguments, resume))
         logs = journal.depth()
         try:
+            on_main(accelerator, lambda: self._claim(arguments, resume))
             yield
         except UserError as error:
             if journal.depth() > logs:
@@ -155,11 +145,8 @@ class RunFolder:
             self._take_lock()
             self._check_same(arguments)
 
-    def begin(self, arguments: dict[str, Any], *, done: bool) -> None:
-        """Make or enter the folder: record `arguments`, open the log.
-
-        Results of a run that is not `done` are removed: they are those of a shorter one.
-        """
+    def begin(self, arguments: dict[str, Any]) -> None:
+        """Make or enter the folder, record `arguments`, open the log."""
         try:
             # Of two that make it at the same time one takes the lock.
             self.path.mkdir(parents=True, exist_ok=True)
@@ -169,8 +156,6 @@ class RunFolder:
             ) from None
         self._take_lock()
         self.write_arguments(arguments)
-        if not done:
-            self.results.unlink(missing_ok=True)
         journal.open_log(self.log)
 
     def _take_lock(self) -> None:
@@ -188,13 +173,13 @@ class RunFolder:
             ) from None
 
     def _check_same(self, arguments: dict[str, Any]) -> None:
-        """Refuse to go on with a run made with other options than those that `_FREE` lists."""
+        """Refuse to go on with a run made with other options than those that `FREE` lists."""
         if not self.arguments.exists():
             return
         try:
             record = yaml.safe_load(self.arguments.read_text())
             before, layout = record["options"], int(record.get("layout", 1))
-            keys = [*_TELLING, *sorted((before.keys() | arguments.keys()) - _FREE)]
+            keys = [*_TELLING, *sorted((before.keys() | arguments.keys()) - FREE)]
             differing = [key for key in keys if before.get(key) != arguments.get(key)]
         except (
             UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError,

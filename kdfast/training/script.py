@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
+from types import ModuleType
 
-import torch
-
-from kdfast.errors import UserError
-from kdfast.training import journal, processes
-from kdfast.training.interrupt import Stopped
+from kdfast.errors import Stopped, UserError
+from kdfast.training import journal
 
 
 def script(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str] | None], int]:
@@ -24,54 +23,63 @@ def script(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str] | N
     @wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         name = os.path.basename(main.__code__.co_filename)
+        others = _others()
         journal.start()
         try:
             main(sys.argv[1:] if argv is None else list(argv))
-        except Stopped as stopped:
-            if reason := processes.why(stopped):
-                _tell(name, f"error: {reason}")
-                return 1
-            if journal.is_main():
-                _tell(name, str(stopped))
-            return stopped.exit_code
-        except UserError as error:
-            return _fail(name, str(error), error.exit_code)
-        except OSError as error:
-            return _fail(name, f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).split(". ")[0]
-            return _fail(name, f"{reason}; lower --batch-size or raise --grad-accum-steps", 1)
         except KeyboardInterrupt:
-            return _fail(name, "stopped", 130)
+            return _end(name, "error: stopped", 130, others)
         except Exception as error:
-            if "does not have a deterministic implementation" in str(error):
-                operation = str(error).split()[0]
-                return _fail(
-                    name, f"{operation} has no deterministic form; drop --deterministic", 1
-                )
-            if reason := processes.why(error):
-                _tell(name, f"error: {reason}")
-                return 1
-            processes.failed(f"{type(error).__name__}: {error}")
+            if others and (reason := others.why(error)):
+                return _end(name, f"error: {reason}", 1, None)
+            if isinstance(error, Stopped):
+                return _end(name, str(error) if journal.is_main() else "", error.exit_code, None)
+            if said := _said(error):
+                code = getattr(error, "exit_code", 1)
+                return _end(name, f"error: {said}", code, others, said)
+            if others:
+                others.failed(f"{type(error).__name__}: {error}")
             raise
         finally:
-            processes.stop()
-        if torch.distributed.is_initialized():
+            if others:
+                others.stop()
+        torch = sys.modules.get("torch")  # not every script needs it
+        if torch and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return 0
 
     return run
 
 
-def _fail(name: str, message: str, code: int) -> int:
-    processes.failed(message)
-    _tell(name, f"error: {message}")
+def _others() -> ModuleType | None:
+    """What watches the other processes, where a launcher has started some."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    return importlib.import_module("kdfast.training.processes")
+
+
+def _said(error: Exception) -> str | None:
+    """The line for an error that a user can cause; None for what is nobody's but ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input/output'}: {error.strerror or error}"
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{text.split('. ')[0]}; lower --batch-size or raise --grad-accum-steps"
+    if "does not have a deterministic implementation" in text:
+        return f"{text.split()[0]} has no deterministic form; drop --deterministic"
+    return None
+
+
+def _end(name: str, message: str, code: int, others: ModuleType | None, told: str = "") -> int:
+    """Write the last line, having told the other processes why; returns `code`."""
+    if others:
+        others.failed(told or message)
+    if message:
+        rank = os.environ.get("RANK", "0")
+        where = name if rank == "0" else f"{name} (process {rank})"
+        # One write, so that the lines of several processes do not run into each other.
+        sys.stderr.write(f"{where}: {' '.join(message.split())}\n")
+        sys.stderr.flush()
     return code
-
-
-def _tell(name: str, message: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    where = name if rank == "0" else f"{name} (process {rank})"
-    # One write, so that the lines of several processes do not run into each other.
-    sys.stderr.write(f"{where}: {' '.join(message.split())}\n")
-    sys.stderr.flush()
