@@ -68,7 +68,7 @@ def record_of(run: Path) -> dict:
 CASES = {
     "plain": (),
     "accumulated and averaged": ("--grad-accum-steps", 2, "--model-ema", "--model-ema-decay", 0.9),
-    "bf16": ("--amp", "--train-limit", 96, "-b", 32),
+    "bf16": ("--amp", "--train-limit", 96, "-b", 8),
     "distilled": (),
 }
 
