@@ -14,15 +14,22 @@ from importlib.abc import MetaPathFinder
 class _AfterTimm(MetaPathFinder):
     """Finds timm as it would be found anyway, and has `kdfast.models` follow it."""
 
+    looking = False
+
     def find_spec(self, name, path=None, target=None):
-        if name != "timm":
+        if name != "timm" or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.looking = False
         if spec is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module) -> None:
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 execute(module)
                 importlib.import_module("kdfast.models")
 

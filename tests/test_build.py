@@ -177,3 +177,23 @@ def test_bad_cuda_wish_stops():
     built = python("setup.py", "--name", KDFAST_CUDA="yes")
     assert built.returncode != 0
     assert "KDFAST_CUDA must be unset, 0 or 1, got 'yes'" in built.stderr
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import kdfast, timm",
+        "import timm, kdfast",
+        "import kdfast.models, timm",
+        "import kdfast, importlib.util; importlib.util.find_spec('timm'); import timm",
+        "import kdfast; from timm.models import registry; import timm",
+    ],
+)
+def test_models_are_registered_in_any_order(imports):
+    result = python("-c", f"{imports}; assert timm.is_model('cifar_resnet20')")
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_kdfast_or_reading_runs_needs_no_torch():
+    result = python("-c", "import kdfast.analysis, sys; assert 'torch' not in sys.modules")
+    assert result.returncode == 0, result.stderr

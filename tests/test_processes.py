@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -83,6 +84,15 @@ def test_an_unforeseen_error_is_named_by_all(teacher_run, tmp_path):
     assert "LookupError: lost it" in said and "Traceback" in said
     wanted = "distill.py: error: process 1 failed: LookupError: lost it"
     assert last_line(said, "distill.py: error: ") == wanted
+
+
+def test_an_unforeseen_error_ends_the_workers_too(teacher_run, tmp_path):
+    everywhere = FAULTY.replace('os.environ["RANK"] == "1" and ', "")
+    (tmp_path / "faulty.py").write_text(everywhere.replace("FAULT", "raise LookupError('lost')"))
+    flags = ("--plugin", "faulty.py", "--method", "faulty", "--no-baseline", "-j", 2, *FEW)
+    flags += ("--teacher", "cifar_resnet8", "--teacher-checkpoint", teacher_run)
+    said = finish(command(sys.executable, ROOT / DISTILL, *flags, cwd=tmp_path), 1)
+    assert "Traceback" in said and "LookupError: lost" in said
 
 
 def test_a_process_that_hangs_ends_the_run(teacher_run, tmp_path):

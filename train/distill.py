@@ -56,12 +56,12 @@ from kdfast.training.script import script
 from kdfast.training.seeds import for_each_seed
 from kdfast.training.setup import (
     Inputs,
+    arguments_of,
     build_model,
     choose_inputs,
     load_data,
     make_loaders,
     metadata,
-    plain,
     preparer,
     print_config,
     recorded_inputs,
@@ -122,6 +122,7 @@ def distill(
     alone = copy.deepcopy(student) if options.baseline else None
 
     model, teacher_inputs = load_teacher(options, data)
+    parent = checksum(model.state_dict())  # before --teacher-bn batch lets its statistics drift
     methods = [find_method(name)(**chosen) for name, chosen in choice.methods.items()]
     plan = plan_taps(methods, student, model, options.student_layers, options.teacher_layers)
     adapter = InputAdapter(
@@ -139,14 +140,14 @@ def distill(
     if options.teacher_checkpoint is None and not options.teacher_pretrained:
         # Only now, when nothing about the request can be refused any more.
         load_weights(model, train_teacher(options, accelerator, data))
+        parent = checksum(model.state_dict())
     if options.torchcompile:
         teacher.compile()
     say_plan(options, choice, plan, data, run)
     taught = evaluate(lambda x: teacher(x)[0], held_out, accelerator, prepare)
     say(f"teacher top1 {taught['top1']:.2f}")
 
-    parent = checksum(model.state_dict())
-    arguments = plain(options, **choice.as_yaml(), processes=accelerator.num_processes)
+    arguments = arguments_of(options, accelerator, data, **choice.as_yaml())
     arguments["teacher-checksum"] = parent
     with run.claimed(accelerator, arguments, resume=resume):
         trainer = Trainer(
@@ -167,8 +168,9 @@ def distill(
         if alone is not None:
             say("student alone, from the same initial weights")
             aside = RunFolder(run.path / "baseline")
+            begun = on_main(accelerator, aside.path.exists)
             baseline = train_classifier(
-                options, accelerator, data, alone, inputs, aside, resume=aside.path.exists()
+                options, accelerator, data, alone, inputs, aside, resume=begun
             )
         results = describe(
             run, options, accelerator, train.plan.global_batch, student, inputs, scores,
@@ -273,13 +275,14 @@ def train_teacher(options: argparse.Namespace, accelerator: Accelerator, data: I
     batch = batch_size(own, processes) * processes * own.grad_accum_steps
     key = fingerprint(own, set(scratch.actions()) | {"seed"}, batch)
     run = RunFolder(Path(options.output) / "teachers" / f"digits-{options.teacher}-{key}")
-    if run.results.exists():
+    if on_main(accelerator, run.results.exists):
         say(f"teacher {options.teacher}: taken from {run.path}")
         return weights_path(run.path)
     say(f"teacher {options.teacher}: training into {run.path}")
     model = build_model(own, data.classes, seed_name="network")
     fed = choose_inputs(own, data, model)
-    train_classifier(own, accelerator, data, model, fed, run, resume=run.path.exists())
+    begun = on_main(accelerator, run.path.exists)
+    train_classifier(own, accelerator, data, model, fed, run, resume=begun)
     return weights_path(run.path)
 
 

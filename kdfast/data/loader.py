@@ -6,9 +6,11 @@ No image comes twice in an epoch, none twice in evaluation, none is invented to 
 
 from __future__ import annotations
 
+import atexit
 import math
 import signal
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -178,6 +180,16 @@ def _leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_workers() -> None:
+    """Workers do not obey SIGTERM, with which multiprocessing would end and then wait for them."""
+    for loader in list(_loaders):
+        loader.close()
+
+
 class Loader:
     """Batches of `source` as `plan` cuts them, on this process.
 
@@ -209,6 +221,14 @@ class Loader:
             # Its own generator: drawing worker seeds must not move dropout's.
             generator=torch.Generator(),
         )
+        if workers:
+            _loaders.add(self)
+
+    def close(self) -> None:
+        """End the worker processes; the next epoch would start new ones."""
+        iterator = self._loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         portions = self._addresses.start(epoch, first_step)

@@ -8,12 +8,14 @@ SHA-256 of each of them. It is written under another name and renamed when compl
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,14 +121,18 @@ def save(
             f"cannot write checkpoint {final}: {reason}; what was saved before is intact"
         ) from None
     for old in all_positions(folder)[:-keep]:
-        shutil.rmtree(folder / old.name())
+        # Under a name that is no checkpoint's first: a kill must not leave half of one.
+        gone = folder / f".partial-{old.name()}"
+        with suppress(OSError):
+            (folder / old.name()).rename(gone)
+            shutil.rmtree(gone)
     return final
 
 
 def sweep(folder: Path) -> None:
     """Remove what a run that was killed while saving left behind."""
     for partial in folder.glob(".partial-*"):
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(
@@ -152,6 +158,7 @@ def load(
             average.load_state_dict(load_file(path / "average.safetensors"))
         tensors = load_file(path / "optimizer.safetensors")
         optimizer.load_state_dict(_join_optimizer(tensors, state["optimizer"]))
+        _lay_out_like_parameters(optimizer)
         position = Position(int(state["epoch"]), int(state["step"]))
     except (
         OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
@@ -193,6 +200,10 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Some network file systems know this for files only.
+        if not (path.is_dir() and error.errno == errno.EINVAL):
+            raise
     finally:
         os.close(handle)
 
@@ -206,20 +217,41 @@ def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], di
                 tensors[f"{index}.{key}"] = value
             elif value is not None:
                 values.setdefault(str(index), {})[key] = value
-    groups = [
-        {k: v for k, v in group.items() if not isinstance(v, torch.Tensor)}
-        for group in state["param_groups"]
-    ]
+    groups = []
+    for number, group in enumerate(state["param_groups"]):
+        groups.append({})
+        for key, value in group.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"group{number}.{key}"] = value
+            elif isinstance(value, torch.dtype):
+                groups[-1][key] = {"dtype": str(value).removeprefix("torch.")}
+            else:
+                groups[-1][key] = value
     return tensors, {"state": values, "param_groups": groups}
 
 
 def _join_optimizer(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {int(i): dict(e) for i, e in plain["state"].items()}
+    groups = [{key: _value(v, key) for key, v in group.items()} for group in plain["param_groups"]]
     for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    groups = [
-        {k: tuple(v) if k == "betas" else v for k, v in group.items()}
-        for group in plain["param_groups"]
-    ]
+        owner, _, key = name.partition(".")
+        if owner.startswith("group"):
+            groups[int(owner.removeprefix("group"))][key] = tensor
+        else:
+            state.setdefault(int(owner), {})[key] = tensor
     return {"state": state, "param_groups": groups}
+
+
+def _value(value: Any, key: str) -> Any:
+    if isinstance(value, dict) and set(value) == {"dtype"}:
+        return getattr(torch, value["dtype"])
+    return tuple(value) if key == "betas" else value
+
+
+def _lay_out_like_parameters(optimizer: Optimizer) -> None:
+    """Files hold tensors contiguous; updates are fast where state and parameter agree."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                like = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
+                state[key] = like.copy_(value)

@@ -21,6 +21,7 @@ from kdfast.training.objective import Objective
 from kdfast.training.run_folder import RunFolder, choose_run, on_main
 from kdfast.training.setup import (
     Inputs,
+    arguments_of,
     build_model,
     choose_inputs,
     count_operations,
@@ -44,7 +45,7 @@ def train_classifier(
     resume: bool,
 ) -> dict[str, Any]:
     """Train `model` with cross-entropy into `run`; returns the run's results, already written."""
-    arguments = plain(options, processes=accelerator.num_processes)
+    arguments = arguments_of(options, accelerator, data)
     with run.claimed(accelerator, arguments, resume=resume):
         try_out(model, inputs, data.classes)
         train, held_out = make_loaders(options, data, inputs, accelerator)
@@ -125,8 +126,7 @@ def describe(
 
 # What a network's weights do not depend on.
 _INCIDENTAL = {
-    "output", "experiment", "resume", "checkpoint-hist", "checkpoint-steps", "save-epochs",
-    "log-interval", "profile", "workers", "threads", "download", "recipe", "baseline",
+    "workers", "threads", "download",
 }  # fmt: skip
 
 

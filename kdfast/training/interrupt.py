@@ -53,6 +53,17 @@ class Interrupt:
             raise KeyboardInterrupt
         self.noted, self.since = self.noted or number, self.since or now
 
+    def at_last(self) -> int | None:
+        """`agreed` once more, after the last step, with all processes' last word."""
+        if self.group is None:
+            return self.noted or None
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        self.box.fill_(self.noted)
+        distributed.all_reduce(self.box, distributed.ReduceOp.MAX, group=self.group)
+        return int(self.box) or None
+
     def agreed(self) -> int | None:
         """The signal all processes are to stop for, or None."""
         if self.group is None:

@@ -17,6 +17,7 @@ from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import gather_object
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ from kdfast.training.profile import Profile
 from kdfast.training.run_folder import RunFolder, on_main
 from kdfast.training.schedules import Schedule
 from kdfast.training.teacher import Teacher
-from kdfast.training.tell import duration
+from kdfast.training.tell import duration, epoch_line
 
 
 @dataclass
@@ -95,6 +96,9 @@ class Trainer:
         self.history: dict[str, Any] = {"last": None, "best": None}
         self.progress = Progress(Position(0), self._no_sums())
         self.random_state: dict[str, Any] | None = None
+        if accelerator.scaler is not None:
+            fresh = torch.amp.GradScaler(accelerator.device.type)
+            accelerator.scaler.load_state_dict(fresh.state_dict())
         if resume:
             self._restore()
         module = torch.compile(objective) if options.torchcompile else objective
@@ -112,8 +116,7 @@ class Trainer:
         on_main(self.accelerator, lambda: self.run.begin(self.arguments))
         if main and first < options.epochs:
             # Of an epoch that is trained again the old point goes.
-            again = first + 1 if first else None
-            self.tracker = TensorBoardTracker("", self.run.tensorboard, purge_step=again)
+            self.tracker = TensorBoardTracker("", self.run.tensorboard, purge_step=first + 1)
             self.tracker.start()
         self.started, self.share_before = time.perf_counter(), self._share_done()
         profiler = Profile(self.run.profile, options.profile if main else None)
@@ -121,9 +124,15 @@ class Trainer:
             with Interrupt(self.accelerator) as self.interrupt, profiler as self.profile:
                 for epoch in range(first, options.epochs):
                     self._run_epoch(epoch)
+                if number := self.interrupt.at_last():
+                    raise Stopped(number, " after the last epoch; --resume auto does what is left")
         finally:
             if self.tracker is not None:
                 self.tracker.finish()
+            # The next network of this process is not to share anything with this one.
+            self.accelerator.free_memory()
+            if options.torchcompile:
+                torch.compiler.reset()
         return dict(self.history)
 
     def _run_epoch(self, epoch: int) -> None:
@@ -168,33 +177,38 @@ class Trainer:
             leave=False,
         )
         self.schedule.start_step(epoch * steps + done)
-        for batch in self.train.epoch(epoch, first_step=done):
-            if batch.portion.starts_step and (number := self.interrupt.agreed()):
-                self._stop(number, sums, started)
-            sums[:-1] += self._micro_step(batch, epoch * steps + done + 1)
-            sums[-1] += batch.portion.count
-            if not batch.portion.ends_step:
-                continue
-            if options.clip_grad:
-                accelerator.clip_grad_norm_(self.objective.parameters(), options.clip_grad)
-            self.step_optimizer.step()
-            self.step_optimizer.zero_grad()
-            if self.average is not None and accelerator.is_main_process:
-                self.average.update(self.objective.student)
-            done += 1
-            self.progress.position = Position(epoch, done)
-            bar.update()
-            self.profile.step()
-            self.schedule.start_step(epoch * steps + done)
-            if done % options.log_interval == 0:
-                means, _ = self._means(sums)
-                shown = {name: f"{value:.4g}" for name, value in means.items()}
-                bar.set_postfix({"left": self._time_left(), **shown})
-            if options.checkpoint_steps and done % options.checkpoint_steps == 0 and done < steps:
-                self._pause(sums, started)
-                self._save()
-        bar.close()
+        with bar:
+            for batch in self.train.epoch(epoch, first_step=done):
+                if batch.portion.starts_step and (number := self.interrupt.agreed()):
+                    self._stop(number, sums, started)
+                sums[:-1] += self._micro_step(batch, epoch * steps + done + 1)
+                sums[-1] += batch.portion.count
+                if not batch.portion.ends_step:
+                    continue
+                self._update()
+                done += 1
+                self.progress.position = Position(epoch, done)
+                bar.update()
+                self.profile.step()
+                self.schedule.start_step(epoch * steps + done)
+                if done % options.log_interval == 0:
+                    means, _ = self._means(sums)
+                    shown = {name: f"{value:.4g}" for name, value in means.items()}
+                    bar.set_postfix({"left": self._time_left(), **shown})
+                within = done < steps and options.checkpoint_steps
+                if within and done % options.checkpoint_steps == 0:
+                    self._pause(sums, started)
+                    self._save()
         return sums
+
+    def _update(self) -> None:
+        """One optimizer step on the gradients gathered so far."""
+        if self.options.clip_grad:
+            self.accelerator.clip_grad_norm_(self.objective.parameters(), self.options.clip_grad)
+        self.step_optimizer.step()
+        self.step_optimizer.zero_grad()
+        if self.average is not None and self.accelerator.is_main_process:
+            self.average.update(self.objective.student)
 
     def _micro_step(self, batch: Batch, step: int) -> torch.Tensor:
         """Forward and backward; returns total and terms times the images, float64 [1 + terms]."""
@@ -251,6 +265,11 @@ class Trainer:
                 if isinstance(module, _BatchNorm):
                     module.eval()
 
+    @property
+    def scored(self) -> nn.Module:
+        """The network that is evaluated and saved: the student, or its averaged weights."""
+        return self.average.module if self.average is not None else self.objective.student
+
     def _share_state(self) -> None:
         """Give every process the main one's running statistics, and its average of the weights.
 
@@ -265,8 +284,7 @@ class Trainer:
             torch.distributed.broadcast(tensor, 0)
 
     def _evaluate(self, sums: torch.Tensor, started: float) -> dict[str, float]:
-        student = self.average.module if self.average is not None else self.objective.student
-        student.eval()
+        student = self.scored.eval()
 
         def before_batch() -> None:
             if number := self.interrupt.agreed():
@@ -288,7 +306,7 @@ class Trainer:
 
     def _close_epoch(self, row: dict[str, Any], better: bool) -> None:
         options, epoch = self.options, row["epoch"]
-        student = self.average.module if self.average is not None else self.objective.student
+        student = self.scored
         metadata = self.metadata | {"epoch": epoch, "top1": row["eval_top1"]}
         save_weights(self.run.weights("last"), student.model, metadata)
         if better:
@@ -302,13 +320,7 @@ class Trainer:
             if k not in ("epoch", "seconds")
         }
         self.tracker.log(tags, step=epoch)
-        terms = "  ".join(f"{n} {row[f'train_{n}']:.4g}" for n in self.objective.term_names)
-        journal.say(
-            f"epoch {epoch:>{len(str(options.epochs))}}/{options.epochs}  "
-            f"loss {row['train_loss']:.4f}  {terms}  top1 {row['eval_top1']:.2f}  "
-            f"{row['images_per_second']:.0f} images/s"
-            + (f"  {left} left" if (left := self._time_left()) else "")
-        )
+        journal.say(epoch_line(row, self.objective.term_names, options.epochs, self._time_left()))
 
     def _share_done(self) -> float:
         epoch, step = self.progress.position
@@ -369,7 +381,8 @@ class Trainer:
         )
 
     def _restore(self) -> None:
-        path = checkpoint.latest(self.run.checkpoints)
+        # As the main process sees it: all go on from there, or those that cannot say so.
+        path = on_main(self.accelerator, lambda: checkpoint.latest(self.run.checkpoints))
         if path is None:
             on_main(self.accelerator, lambda: self.run.set_rows(""))
             return

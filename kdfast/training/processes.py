@@ -20,7 +20,7 @@ from torch import distributed
 from kdfast.errors import Stopped
 
 # A process that has not beaten for so long is dead, or as good as.
-_SILENT_SECONDS = 30.0
+_SILENT_SECONDS = 20.0
 # How long a process that knows of a failure may take to end by itself.
 _GRACE_SECONDS = 5.0
 _BEAT_SECONDS = 1.0
@@ -77,12 +77,19 @@ class Watch:
                 if self.reason() is None:
                     continue
             except RuntimeError:
-                return  # the launcher is gone, and the store with it
+                # The store went with the launcher, or with the process that kept it.
+                if not self.ended.wait(_GRACE_SECONDS):
+                    self._leave("lost the launcher and with it the other processes")
+                return
             failed = failed or now
             if now - failed > _GRACE_SECONDS:
-                sys.stderr.write(f"{self.name}: error: {self.reason()}\n")
-                sys.stderr.flush()
-                os._exit(1)
+                self._leave(self.reason())
+
+    def _leave(self, reason: str) -> None:
+        """End this process, whatever its main thread waits for."""
+        sys.stderr.write(f"{self.name}: error: {reason}\n")
+        sys.stderr.flush()
+        os._exit(1)
 
     def dead(self) -> list[int]:
         """The processes that do not beat any more."""
@@ -117,6 +124,12 @@ def stop() -> None:
         _watch = None
 
 
+def leave(code: int) -> None:
+    """End this process without taking leave of the others, which may never answer."""
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def failed(reason: str) -> None:
     """Tell the others why this process ends."""
     if _watch is not None:
@@ -140,7 +153,7 @@ def why(error: BaseException) -> str | None:
             if silent := _watch.dead():
                 names = ", ".join(map(str, silent))
                 return _watch.fail(f"process {names} died without a word: killed, or out of memory")
-    return None if terminated else f"lost the connection to the other processes: {error}"
+    return None
 
 
 def _is_broken_link(error: BaseException) -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from kdfast.training import journal
+
 # Steps before the profiled ones: allocations, autotuning, compilation.
 _WARM_UP = 3
 
@@ -37,6 +39,8 @@ class Profile:
     def __exit__(self, *error) -> None:
         if self.profile is not None:
             self.profile.stop()
+            if not self.folder.exists():
+                journal.say(f"note: nothing profiled, the run has {_WARM_UP} steps or fewer")
 
     def step(self) -> None:
         """A training step has ended."""

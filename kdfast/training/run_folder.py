@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -19,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 
 import kdfast
 from kdfast import about
-from kdfast.errors import UsageError, UserError
+from kdfast.errors import Stopped, UsageError, UserError
 from kdfast.training import journal
 from kdfast.training.layout import FREE, LAYOUT
 
@@ -34,6 +35,8 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     if accelerator.is_main_process:
         try:
             box[0] = action()
+        except Stopped:
+            raise
         except UserError as error:
             box[1] = error
         except OSError as error:
@@ -119,8 +122,9 @@ class RunFolder:
     ) -> Iterator[None]:
         """Hold the folder for this run alone, checked against the `arguments` it was made with.
 
-        Nothing is written before `begin`. Raises `UsageError` when the folder is of another run,
-        `UserError` when another process holds it or its record is damaged.
+        Nothing but the summary's rows after the last checkpoint changes before `begin`. Raises
+        `UsageError` when the folder is of another run, `UserError` when another process holds it or
+        its record is damaged.
         """
         logs = journal.depth()
         try:
@@ -148,8 +152,8 @@ class RunFolder:
     def begin(self, arguments: dict[str, Any]) -> None:
         """Make or enter the folder, record `arguments`, open the log."""
         try:
-            # Of two that make it at the same time one takes the lock.
-            self.path.mkdir(parents=True, exist_ok=True)
+            # Of two that find none at the same time one makes it.
+            self.path.mkdir(parents=True, exist_ok=self._lock is not None)
         except OSError as error:
             raise UserError(
                 f"cannot write run folder {self.path}: {error.strerror}; give another --output"
@@ -166,7 +170,10 @@ class RunFolder:
             # A record lock: gone with the process that holds it, however that ends, and not
             # inherited by its loader processes.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                journal.say(f"note: {self.path} cannot be locked here ({error.strerror})")
+                return
             raise UserError(
                 f"run folder {self.path} is in use by another process; wait for it to end, or give "
                 "another --experiment"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
 from types import ModuleType
@@ -31,7 +32,7 @@ def script(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str] | N
             return _end(name, "error: stopped", 130, others)
         except Exception as error:
             if others and (reason := others.why(error)):
-                return _end(name, f"error: {reason}", 1, None)
+                return _end(name, f"error: {reason}", 1, others)
             if isinstance(error, Stopped):
                 return _end(name, str(error) if journal.is_main() else "", error.exit_code, None)
             if said := _said(error):
@@ -39,6 +40,8 @@ def script(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str] | N
                 return _end(name, f"error: {said}", code, others, said)
             if others:
                 others.failed(f"{type(error).__name__}: {error}")
+                traceback.print_exc()
+                others.leave(1)
             raise
         finally:
             if others:
@@ -82,4 +85,6 @@ def _end(name: str, message: str, code: int, others: ModuleType | None, told: st
         # One write, so that the lines of several processes do not run into each other.
         sys.stderr.write(f"{where}: {' '.join(message.split())}\n")
         sys.stderr.flush()
+    if others:
+        others.leave(code)
     return code

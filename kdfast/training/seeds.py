@@ -11,7 +11,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from kdfast.training.journal import say
 from kdfast.training.run_folder import RunFolder, on_main
 
 
@@ -33,7 +32,8 @@ def for_each_seed(
     results = []
     for own, run in runs:
         results.append(train(own, run))
-        say(json.dumps(results[-1]))
+        if accelerator.is_main_process:
+            print(json.dumps(results[-1]), flush=True)
     if options.seeds:
         summary = {
             "runs": [result["run"] for result in results],
@@ -41,7 +41,8 @@ def for_each_seed(
             "last_top1": _spread([result["last"]["top1"] for result in results]),
             "best_top1": _spread([result["best"]["top1"] for result in results]),
         }
-        say(json.dumps(summary))
+        if accelerator.is_main_process:
+            print(json.dumps(summary), flush=True)
 
 
 def _one_by_one(options: argparse.Namespace) -> Iterator[argparse.Namespace]:

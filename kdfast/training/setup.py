@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,12 @@ def start(options: argparse.Namespace) -> Accelerator:
         except RuntimeError as error:
             raise UserError(str(error)) from None
     # Cross-entropy is in the graph at any gamma, so every parameter of a student is used.
-    wrapper = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    # On a CPU, looking for unused ones keeps DDP from regrouping gradients after the first step: a
+    # resumed run of three or more processes would add them in another order.
+    wrapper = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True, find_unused_parameters=not gpu
+    )
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
     options.mixed_precision = precision  # what is recorded is what ran, whoever chose it
     threads = options.threads or (None if gpu else _own_cores())
     accelerator = Accelerator(cpu=not gpu, mixed_precision=precision, kwargs_handlers=[wrapper])
@@ -88,8 +94,7 @@ def _own_cores() -> int | None:
         return None
     linux = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, cores // processes)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def load_data(options: argparse.Namespace, accelerator: Accelerator) -> ImageData:
@@ -308,6 +313,14 @@ def count_operations(model: nn.Module, size: tuple[int, int]) -> int:
         model.eval()(image)
     model.train(training)
     return counter.get_total_flops()
+
+
+def arguments_of(
+    options: argparse.Namespace, accelerator: Accelerator, data: ImageData, **resolved: Any
+) -> dict[str, Any]:
+    """What `args.yaml` records of a run: its options, and the processes and images it had."""
+    images = {"train": len(data.train), "eval": len(data.eval), "classes": data.classes}
+    return plain(options, **resolved, processes=accelerator.num_processes, images=images)
 
 
 def plain(options: argparse.Namespace, **resolved: Any) -> dict[str, Any]:

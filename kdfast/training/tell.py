@@ -14,6 +14,16 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def epoch_line(row: dict[str, Any], terms: list[str], epochs: int, left: str) -> str:
+    """What is said of a finished epoch: a row of the summary, and the time left if it is known."""
+    losses = "  ".join(f"{name} {row[f'train_{name}']:.4g}" for name in terms)
+    return (
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}  "
+        f"{losses}  top1 {row['eval_top1']:.2f}  {row['images_per_second']:.0f} images/s"
+        + (f"  {left} left" if left else "")
+    )
+
+
 def comparison(
     teacher: str,
     student: str,
