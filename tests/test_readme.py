@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 
@@ -51,3 +52,17 @@ def test_own_method_is_shown_whole():
 def test_names_are_listed():
     for name in (*dataset_names(), *recipe_names()):
         assert f"`{name}`" in README, name
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
+def test_accuracies_are_those_of_the_committed_runs(name):
+    with (ROOT / f"benchmarks/results/accuracy-{name}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == {"digits": 2, "fashion-mnist": 6}[name]
+    for row in rows:
+        text = f"{float(row['last_mean']):.2f} +- {float(row['last_std']):.2f}"
+        if row["gain_mean"]:
+            text += f" ({float(row['gain_mean']):+.2f})"
+        label = "student alone" if row["method"] == "none" else row["method"].replace("+", " + ")
+        (line,) = (line for line in README.splitlines() if line.startswith(f"| {label} |"))
+        assert text in line
