@@ -71,12 +71,21 @@ CASES = {
     "accumulated and averaged": ("--grad-accum-steps", 2, "--model-ema", "--model-ema-decay", 0.9),
     "bf16": ("--amp", "--train-limit", 96, "-b", 8),
     "distilled": (),
+    "three": ("-b", 16, "--model", "cifar_resnet20", "--epochs", 2),
 }
 
 
 @pytest.mark.parametrize(
     "case, processes",
-    [*((case, 1) for case in CASES), ("accumulated and averaged", 2), ("bf16", 2), ("plain", 3)],
+    [
+        ("plain", 1),
+        ("accumulated and averaged", 1),
+        ("bf16", 1),
+        ("distilled", 1),
+        ("accumulated and averaged", 2),
+        ("bf16", 2),
+        ("three", 3),
+    ],
 )
 def test_killed_and_resumed(teacher_run, tmp_path, case, processes):
     flags, script = CASES[case], DISTILL if case == "distilled" else CLASSIFIER
@@ -91,6 +100,7 @@ def test_killed_and_resumed(teacher_run, tmp_path, case, processes):
     chance = random.Random(f"{case} {processes} {KILLS}")
     flags += ("--experiment", "cut", "--resume", "auto")
     kills = 0
+    # Three processes add gradients in an order of their own; with two there is only one.
     while kills < (KILLS if processes < 3 else 1):
         rank = kills % processes
         # The other processes take part in steps, but write nothing.
