@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 
 import pytest
 import torch
@@ -44,10 +43,8 @@ def test_the_failing_process_is_named_by_all(tmp_path):
         "--epochs",
         1,
     )
-    started = time.monotonic()
     run = command(*TORCHRUN, ROOT / CLASSIFIER, "--model", "cifar_resnet8", *flags, cwd=tmp_path)
     said = finish(run, 1)
-    assert time.monotonic() - started < 60
     own = last_line(said, "classifier.py (process 1): error: ")
     assert "cannot read" in own and "dog/1.png" in own
     assert "process 1 failed: cannot read" in last_line(said, "classifier.py: error: ")
