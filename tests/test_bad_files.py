@@ -1,6 +1,7 @@
 """Files that are missing, damaged or foreign: one line, and none of their code runs."""
 
 import gzip
+import multiprocessing
 import pickle
 import shutil
 import struct
@@ -151,6 +152,7 @@ def test_unreadable_images(refused, image_folder, monkeypatch, damage, workers):
     flags += ("--epochs", 1, "-b", 6, "--experiment", "mine")
     words = ["cannot read", str(path) if damage != "bomb" else ".png", "replace or remove"]
     refused(1, CLASSIFIER, *flags, words=words, leaves=STARTED)
+    assert multiprocessing.active_children() == []
 
 
 def weights(name: str = "cifar_resnet8", classes: int = 10) -> dict[str, torch.Tensor]:

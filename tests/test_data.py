@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import multiprocessing
 import random
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,6 +204,32 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index():
     assert any(
         not torch.equal(first[i], image) for i, image in epoch_of(loader(0, seed=1), 1).items()
     )
+
+
+def test_a_process_ends_though_its_workers_wait_for_work():
+    """What garbage collection leaves when it takes the queues first: workers nobody can tell."""
+    program = (
+        "from test_data import epoch_of, loader\n"
+        "started = loader(2)\n"
+        "epoch_of(started, 0)\n"
+        "started._loader._iterator._shutdown = True\n"
+        "print('ready', flush=True)\n"
+    )
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stdout) == (0, "ready\n"), ended.stderr
+
+
+def test_closed_loaders_begin_anew():
+    closed = loader(2)
+    first = epoch_of(closed, 0)
+    closed.close()
+    assert multiprocessing.active_children() == []
+    again = epoch_of(closed, 0)
+    closed.close()
+    assert all(torch.equal(first[i], again[i]) for i in first)
 
 
 def test_loading_leaves_global_randomness_alone():

@@ -10,9 +10,9 @@ import atexit
 import math
 import signal
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 
 import torch
 from PIL import Image
@@ -180,14 +180,15 @@ def _leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
+_workers: set[BaseProcess] = set()
 
 
 @atexit.register
-def _close_workers() -> None:
+def _end_workers() -> None:
     """Workers do not obey SIGTERM, with which multiprocessing would end and then wait for them."""
-    for loader in list(_loaders):
-        loader.close()
+    for worker in _workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 class Loader:
@@ -221,12 +222,10 @@ class Loader:
             # Its own generator: drawing worker seeds must not move dropout's.
             generator=torch.Generator(),
         )
-        if workers:
-            _loaders.add(self)
 
     def close(self) -> None:
         """End the worker processes; the next epoch would start new ones."""
-        iterator = self._loader._iterator
+        iterator, self._loader._iterator = self._loader._iterator, None
         if iterator is not None:
             iterator._shutdown_workers()
 
@@ -239,7 +238,11 @@ class Loader:
 
     def _batches(self) -> Iterator:
         try:
-            yield from self._loader
+            batches = iter(self._loader)
+            if self._loader.num_workers:
+                _workers.difference_update([w for w in _workers if not w.is_alive()])
+                _workers.update(batches._workers)
+            yield from batches
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

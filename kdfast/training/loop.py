@@ -129,6 +129,8 @@ class Trainer:
         finally:
             if self.tracker is not None:
                 self.tracker.finish()
+            self.train.close()
+            self.held_out.close()
             # The next network of this process is not to share anything with this one.
             self.accelerator.free_memory()
             if options.torchcompile:
