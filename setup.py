@@ -98,7 +98,7 @@ def extensions(record: dict) -> list[Extension]:
     libraries = [
         cpp_extension.CppExtension(
             "kdfast._C",
-            sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
+            sources("csrc/schemas/*.cpp", "csrc/cpu/*.cpp"),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": cxx},
             py_limited_api=True,

@@ -73,6 +73,39 @@ def copy_bandwidth(device: str, rounds: int = 15) -> float:
     return 2 * COPY_BYTES / (statistics.median(times) * 1e-3)
 
 
+def matmul_rate(device: str, rounds: int = 15) -> float:
+    """Operations per second (a multiplication and an addition are two) of a float32 product."""
+    edge = 4096 if device == "cuda" else 1024
+    a, b = (torch.randn(edge, edge, device=device) for _ in range(2))
+    times = side_by_side({"product": lambda: a @ b}, device, rounds=rounds)["product"]
+    return 2 * edge**3 / (statistics.median(times) * 1e-3)
+
+
+def peak_bytes(step: Callable[[], object], device: str) -> int:
+    """The most memory one call holds beyond what was held before it, its result included.
+
+    On the CPU it is that of the process, to be asked of a process that has not run the step yet.
+    """
+    if device == "cuda":
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
+    before = _resident("VmRSS")
+    step()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
 def summary(times: list[float]) -> dict[str, float]:
     """Median with the 10th and 90th percentile, in milliseconds."""
     tenths = statistics.quantiles(times, n=10, method="inclusive")

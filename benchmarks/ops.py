@@ -5,132 +5,124 @@
     python benchmarks/ops.py --ops attention_loss --quick
 
 Forward plus backward, interleaved in one process, median with 10th and 90th percentile. The floor
-is the bytes that must move divided by the copy bandwidth of two 256 MB arrays, measured in the same
-process. One JSON line a row goes to stdout and --output, a Markdown table to stdout and next to it.
+is the bytes that must move divided by the copy bandwidth of two 256 MB arrays, or the operations by
+the rate of a float32 matrix product, measured in the same process. The rows are in `rows/`. One
+JSON line a row goes to stdout and --output, a Markdown table to stdout and next to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
-from common import copy_bandwidth, environment, markdown, side_by_side, summary
-from torch import Tensor
+from common import (
+    copy_bandwidth,
+    environment,
+    markdown,
+    matmul_rate,
+    peak_bytes,
+    side_by_side,
+    summary,
+)
+from rows import Row, all_rows
 
 from kdfast import ops
-from kdfast.ops import reference
 
-FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-@dataclass
-class Row:
-    """One line of the table. `run(function)` is a step with the fused op or a twin of it."""
-
-    op: str
-    shape: str
-    dtype: torch.dtype
-    format: str
-    function: Callable
-    twin: Callable
-    run: Callable[[Callable], object]
-    bytes: int  # that must move, each input read and each output written once
+OPS = all_rows()
 
 
-def attention_loss(device: str) -> Iterator[Row]:
-    """Read F_s and F_t; read F_s, write dF_s."""
-    pair, stages = [(128, 64, 32, 32)], [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8)]
-    layers = [
-        (pair, torch.float32, "nchw"),
-        (pair, torch.float32, "channels_last"),
-        (pair, torch.bfloat16, "nchw"),
-        (pair, torch.bfloat16, "channels_last"),
-        (stages, torch.float32, "nchw"),
-        (stages, torch.float32, "channels_last"),
-    ]
-    if device == "cuda":
-        layers.append(([(512, 256, 32, 32)], torch.bfloat16, "nchw"))
-        layers.append(([(512, 256, 32, 32)], torch.bfloat16, "channels_last"))
-    for shapes, dtype, format in layers:
-        student, teacher = (
-            [feature(shape, dtype, format, device) for shape in shapes] for _ in range(2)
-        )
-        for tensor in student:
-            tensor.requires_grad_()
-
-        def run(loss: Callable, student=student, teacher=teacher) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(loss(student, teacher), student)
-
-        size = sum(tensor.numel() * tensor.element_size() for tensor in student)
-        yield Row(
-            "attention_loss",
-            " ".join("x".join(map(str, shape)) for shape in shapes),
-            dtype,
-            format,
-            ops.attention_loss,
-            reference.attention_loss,
-            run,
-            4 * size,
-        )
-
-
-def feature(shape: tuple[int, ...], dtype: torch.dtype, format: str, device: str) -> Tensor:
-    return torch.randn(shape, device=device).to(dtype, memory_format=FORMATS[format])
-
-
-# One entry an op: the rows of a device.
-OPS: dict[str, Callable[[str], Iterator[Row]]] = {"attention_loss": attention_loss}
-
-
-def measure(row: Row, device: str, bandwidth: float, quick: bool) -> dict[str, object]:
+def measure(
+    row: Row, number: int, device: str, limits: dict[str, float], quick: bool
+) -> dict[str, object]:
+    """The row's times, ratios, floor and goals; `limits` are bytes and operations a second."""
     torch._dynamo.reset()
-    compiled = torch.compile(row.twin, dynamic=False)
-    steps = {
-        "fused": lambda: row.run(row.function),
-        "eager": lambda: row.run(row.twin),
-        "compile": lambda: row.run(compiled),
-    }
+    steps = dict(row.steps)
+    if row.compiled is not None:
+        steps["compile"] = row.compiled()
     rounds = 5 if quick else 40
     times = {name: summary(ms) for name, ms in side_by_side(steps, device, rounds=rounds).items()}
-    floor = row.bytes / bandwidth * 1e3
-    return {
+    fused = times["fused"]["ms"]
+    ratios = {name: round(entry["ms"] / fused, 2) for name, entry in times.items()}
+    del ratios["fused"]
+    result: dict[str, object] = {
         "op": row.op,
         "shape": row.shape,
         "dtype": str(row.dtype).removeprefix("torch."),
         "format": row.format,
-        **times,
-        "floor_ms": round(floor, 4),
-        "of_floor": round(floor / times["fused"]["ms"], 3),
-        "vs_eager": round(times["eager"]["ms"] / times["fused"]["ms"], 2),
-        "vs_compile": round(times["compile"]["ms"] / times["fused"]["ms"], 2),
+        "times": times,
+        "ratios": ratios,
+        "goals": row.goals,
         "rounds": rounds,
-        "copy_gb_s": round(bandwidth / 1e9, 1),
+        "why": row.why,
+        **{name: round(limit / 1e9, 1) for name, limit in limits.items()},
     }
+    if row.bytes or row.operations:
+        floor = max(row.bytes / limits["copy_gb_s"], row.operations / limits["matmul_gops"]) * 1e3
+        result["floor_ms"] = round(floor, 4)
+        ratios["floor"] = round(floor / fused, 3)
+    if row.memory:
+        result["peak_mb"] = {
+            name: round(peak(row, number, name, device) / 1e6, 1) for name in row.steps
+        }
+    result["met"] = all(ratios.get(name, 0) >= goal for name, goal in row.goals.items())
+    return result
+
+
+def peak(row: Row, number: int, step: str, device: str) -> int:
+    """Peak memory of a step of the op's row `number`; on the CPU in a process of its own."""
+    if device == "cuda":
+        return peak_bytes(row.steps[step], device)
+    command = [sys.executable, __file__, "--peak", row.op, str(number), step]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def table(results: list[dict]) -> str:
+    """Markdown: a line a row, the goal beside what was measured, and the reasons below."""
+
     def time(entry: dict) -> str:
         return f"{entry['ms']:.3g} ({entry['p10']:.3g}-{entry['p90']:.3g})"
 
-    rows = []
+    def ratio(name: str, result: dict) -> str:
+        value, goal = result["ratios"].get(name), result["goals"].get(name)
+        if value is None:
+            return "-"
+        form = "{:.0%}" if name == "floor" else "{:.2f}"
+        said = form.format(value)
+        if goal is None:
+            return said
+        return f"{said} ({'goal' if value >= goal else '**goal**'} {form.format(goal)})"
+
+    rows, reasons = [], []
     for result in results:
+        shape = f"{result['shape']} {result['dtype']} {result['format']}"
+        times = result["times"]
+        known = ("fused", "eager", "compile")
+        others = [name for name in times if name not in known]
+        memory = result.get("peak_mb")
         rows.append(
             {
                 "op": result["op"],
-                "shape": f"{result['shape']} {result['dtype']} {result['format']}",
-                **{f"{name} ms": time(result[name]) for name in ("fused", "eager", "compile")},
-                "floor ms": f"{result['floor_ms']:.3g}",
-                "x eager": result["vs_eager"],
-                "x compile": result["vs_compile"],
-                "of floor": f"{result['of_floor']:.0%}",
+                "shape": shape,
+                **{f"{name} ms": time(times[name]) if name in times else "-" for name in known},
+                "floor ms": f"{result['floor_ms']:.3g}" if "floor_ms" in result else "-",
+                **{f"x {name}": ratio(name, result) for name in known[1:]},
+                "x other form": "; ".join(f"{name} {ratio(name, result)}" for name in others)
+                or "-",
+                "of floor": ratio("floor", result),
+                "peak MB": ", ".join(f"{k} {v:g}" for k, v in memory.items()) if memory else "-",
             }
         )
-    return markdown(rows)
+        if result["why"] and not result["met"]:
+            reasons.append(f"- {result['op']} {shape}: {result['why']}.")
+    text = markdown(rows)
+    if reasons:
+        text += "\n\nWhere a goal is missed:\n\n" + "\n".join(reasons)
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,18 +132,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS), metavar="OP")
     parser.add_argument("--output", type=Path, help="JSON lines; the table goes to the same .md")
     parser.add_argument("--quick", action="store_true", help="5 rounds instead of 40")
+    parser.add_argument("--peak", nargs=3, metavar=("OP", "ROW", "STEP"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
 
+    if args.peak:
+        op, number, step = args.peak
+        row = next(islice(OPS[op]("cpu"), int(number), None))
+        print(peak_bytes(row.steps[step], "cpu"))
+        return 0
     ops.use("fused")
     torch.manual_seed(0)
     where = environment(args.device)
-    bandwidth = copy_bandwidth(args.device)
+    limits = {
+        "copy_gb_s": copy_bandwidth(args.device),
+        "matmul_gops": matmul_rate(args.device),
+    }
     results = []
     for name in args.ops:
-        for row in OPS[name](args.device):
-            results.append({**measure(row, args.device, bandwidth, args.quick), **where})
+        for number, row in enumerate(OPS[name](args.device)):
+            results.append({**measure(row, number, args.device, limits, args.quick), **where})
             print(json.dumps(results[-1]), flush=True)
-    text = f"{where['device']}, torch {where['torch']}, copy {bandwidth / 1e9:.1f} GB/s\n\n"
+    text = (
+        f"{where['device']}, torch {where['torch']}, copy {limits['copy_gb_s'] / 1e9:.1f} GB/s, "
+        f"matrix product {limits['matmul_gops'] / 1e9:.0f} GFLOP/s\n\n"
+    )
     text += table(results) + "\n"
     print(f"\n{text}")
     if args.output:

@@ -162,7 +162,7 @@ except RuntimeError as error:
 def test_failing_compiler_fails_the_build(checkout):
     for source in (checkout / "csrc").rglob("*.cpp"):
         source.unlink()
-    (checkout / "csrc" / "ops.cpp").write_text("#error broken on purpose\n")
+    (checkout / "csrc" / "schemas" / "attention.cpp").write_text("#error broken on purpose\n")
     built = python("setup.py", "build", cwd=checkout, KDFAST_CUDA=0)
     assert built.returncode != 0 and "broken on purpose" in built.stdout + built.stderr
 

@@ -4,7 +4,8 @@
 """
 
 from kdfast.ops import reference
+from kdfast.ops._key import Key
 from kdfast.ops._library import active, use
 from kdfast.ops.attention import attention_loss, attention_map
 
-__all__ = ["active", "attention_loss", "attention_map", "reference", "use"]
+__all__ = ["Key", "active", "attention_loss", "attention_map", "reference", "use"]

@@ -13,8 +13,14 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import _library, reference
-
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+from kdfast.ops._checks import (
+    check_device,
+    check_floating,
+    check_shape,
+    compute_dtype,
+    once,
+    register,
+)
 
 
 def attention_map(feature: Tensor, power: float = 2.0) -> Tensor:
@@ -72,7 +78,7 @@ def attention_loss(
         return reference.attention_loss(students, teachers, power)
     for i, pair in enumerate(zip(students, teachers, strict=True)):
         students[i], teachers[i] = reference.match_size(*pair)
-    if any(feature.dtype == torch.float64 for feature in (*students, *teachers)):
+    if compute_dtype(*students, *teachers) == torch.float64:
         students = [feature.double() for feature in students]
         teachers = [feature.double() for feature in teachers]
     return torch.ops.kdfast.attention_loss(students, teachers, float(power))[0]
@@ -103,26 +109,13 @@ def _pairs(
                     f"{op}: all features must have one batch size, got {students[0].shape[0]} "
                     f"for student[0] and {feature.shape[0]} for {name}[{i}]"
                 )
-            if feature.device != students[0].device:
-                raise ValueError(
-                    f"{op}: all features must be on one device, got {students[0].device} "
-                    f"for student[0] and {feature.device} for {name}[{i}]"
-                )
+            check_device(op, f"{name}[{i}]", feature, "student[0]", students[0])
     return students, teachers
 
 
 def _check_feature(op: str, name: str, feature: Tensor) -> None:
-    if not isinstance(feature, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(feature).__name__}")
-    if feature.dtype not in DTYPES:
-        raise TypeError(
-            f"{op}: {name} must be float32, float64, float16 or bfloat16, got {feature.dtype}"
-        )
-    if feature.dim() != 4 or feature.numel() == 0:
-        raise ValueError(
-            f"{op}: {name} must be a non-empty [N, C, H, W] feature map, "
-            f"got shape {list(feature.shape)}"
-        )
+    check_floating(op, name, feature)
+    check_shape(op, name, feature, 4, "[N, C, H, W] feature map")
 
 
 def _check_power(op: str, power: float) -> None:
@@ -131,10 +124,6 @@ def _check_power(op: str, power: float) -> None:
 
 
 # Fakes: sizes, dtypes and layouts of what csrc returns.
-
-
-def _compute_dtype(feature: Tensor) -> torch.dtype:
-    return torch.float64 if feature.dtype == torch.float64 else torch.float32
 
 
 def _gradient_like(feature: Tensor) -> Tensor:
@@ -156,7 +145,7 @@ def _dense_in_order(feature: Tensor, order: tuple[int, int, int]) -> bool:
 
 def _map_fake(feature: Tensor, power: float) -> tuple[Tensor, Tensor]:
     n, _, h, w = feature.shape
-    dtype = _compute_dtype(feature)
+    dtype = compute_dtype(feature)
     return feature.new_empty((n, h * w), dtype=dtype), feature.new_empty((n,), dtype=dtype)
 
 
@@ -169,7 +158,7 @@ def _map_backward_fake(
 def _loss_fake(
     student: list[Tensor], teacher: list[Tensor], power: float
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    dtype = _compute_dtype(student[0])
+    dtype = compute_dtype(student[0])
     maps = []
     for s, t in zip(student, teacher, strict=True):
         torch._check(s.shape[0] == t.shape[0])
@@ -234,26 +223,7 @@ def _loss_backward(
     return grads[:pairs], grads[pairs:], None
 
 
-def _once(op: str) -> Any:
-    def backward(ctx: Any, *_grads: Any) -> None:
-        raise NotImplementedError(f"{op} can be differentiated once")
-
-    return backward
-
-
-if _library.NO_EXTENSION is None:
-    for _op, _fake in (
-        ("attention_map", _map_fake),
-        ("attention_map_backward", _map_backward_fake),
-        ("attention_loss", _loss_fake),
-        ("attention_loss_backward", _loss_backward_fake),
-    ):
-        torch.library.register_fake(f"kdfast::{_op}", _fake)
-    torch.library.register_autograd(
-        "kdfast::attention_map", _map_backward, setup_context=_map_setup
-    )
-    torch.library.register_autograd(
-        "kdfast::attention_loss", _loss_backward, setup_context=_loss_setup
-    )
-    for _op in ("attention_map", "attention_loss"):
-        torch.library.register_autograd(f"kdfast::{_op}_backward", _once(_op))
+register("attention_map", _map_fake, _map_backward, _map_setup)
+register("attention_map_backward", _map_backward_fake, once("attention_map"))
+register("attention_loss", _loss_fake, _loss_backward, _loss_setup)
+register("attention_loss_backward", _loss_backward_fake, once("attention_loss"))

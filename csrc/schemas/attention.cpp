@@ -1,8 +1,7 @@
-// Schemas of torch.ops.kdfast.*; each device registers its kernels beside them. The public
-// functions, fake kernels and autograd formulas are in kdfast/ops.
-#include <torch/csrc/stable/library.h>
+// Attention maps and the attention transfer loss.
+#include "schemas/schemas.h"
 
-STABLE_TORCH_LIBRARY(kdfast, m) {
+KD_SCHEMAS(m) {
   // map [N, H*W], norm [N]
   m.def("attention_map(Tensor feature, float power) -> (Tensor map, Tensor norm)");
   m.def("attention_map_backward(Tensor grad, Tensor feature, Tensor map, Tensor norm, float power)"

@@ -1,8 +1,4 @@
-"""Plain-torch twins of the fused ops: the formula, the fallback and the oracle of the tests.
-
-Same names and signatures as `kdfast.ops`, any device, differentiable to any order by autograd.
-Half types are computed in float32.
-"""
+"""Attention maps and the attention transfer loss."""
 
 from __future__ import annotations
 
@@ -12,12 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdfast.ops._checks import compute_dtype
+
 EPS = 1e-12  # smallest norm an attention map is divided by
 
 
 def attention_map(feature: Tensor, power: float = 2.0) -> Tensor:
     """Q = A / max(||A||_2, 1e-12), A = mean over channels of |F|^p; see `kdfast.ops`."""
-    feature = feature.to(_compute_dtype(feature))
+    feature = feature.to(compute_dtype(feature))
     if power == 2:
         energy = feature.square()  # [N, C, H, W]
     elif power == 1:
@@ -55,7 +53,3 @@ def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pool(feature: Tensor, size: list[int]) -> Tensor:
     return feature if list(feature.shape[2:]) == size else F.adaptive_avg_pool2d(feature, size)
-
-
-def _compute_dtype(feature: Tensor) -> torch.dtype:
-    return torch.float64 if feature.dtype == torch.float64 else torch.float32

@@ -1,0 +1,38 @@
+// Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+// 1, 2, 3", SC 2011). The same bits on every device, for any split of the work; no torch.
+#pragma once
+
+#include "arithmetic.h"
+
+namespace kdfast {
+
+struct Bits4 {
+  uint32_t word[4];
+};
+
+// 128 random bits of `counter` under the 64-bit `key`.
+KD_HD Bits4 philox(uint64_t key, Bits4 counter) {
+  uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
+  uint32_t a = counter.word[0], b = counter.word[1], c = counter.word[2], d = counter.word[3];
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p = uint64_t(0xD2511F53u) * a, q = uint64_t(0xCD9E8D57u) * c;
+    a = uint32_t(q >> 32) ^ b ^ low;
+    b = uint32_t(q);
+    c = uint32_t(p >> 32) ^ d ^ high;
+    d = uint32_t(p);
+    low += 0x9E3779B9u;
+    high += 0xBB67AE85u;
+  }
+  return {{a, b, c, d}};
+}
+
+// The counter of element block `block` (four elements) of dataset item `id`, sample `sample`.
+// Blocks take 32 bits, ids 64, samples 32.
+KD_HD Bits4 counter_of(uint32_t block, uint64_t id, uint32_t sample) {
+  return {{block, uint32_t(id), uint32_t(id >> 32), sample}};
+}
+
+// Uniform on [0, 1): 24 bits, exact in float.
+KD_HD float uniform(uint32_t bits) { return float(bits >> 8) * 0x1p-24f; }
+
+}  // namespace kdfast

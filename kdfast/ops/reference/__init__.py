@@ -1,0 +1,9 @@
+"""Plain-torch twins of the fused ops: the formula, the fallback and the oracle of the tests.
+
+Same names and signatures as `kdfast.ops`, any device, differentiable to any order by autograd.
+Half types are computed in float32.
+"""
+
+from kdfast.ops.reference.attention import EPS, attention_loss, attention_map, match_size
+
+__all__ = ["EPS", "attention_loss", "attention_map", "match_size"]
