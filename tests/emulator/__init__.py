@@ -41,7 +41,7 @@ FLAGS = (
     "-x c++ -std=c++17 -fPIC -O1 -g1 -ffp-contract=off -fno-math-errno -fno-gnu-unique "
     f"-Wno-unknown-pragmas {STABLE_TARGET} -DUSE_CUDA -DKD_NAMESPACE={NAMESPACE}"
 ).split()
-SANITISE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer".split()
+SANITISE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 
 @functools.cache
@@ -96,7 +96,7 @@ def build(name: str, sources: list[Path], *, sanitise: bool = False) -> Path:
         with ThreadPoolExecutor(JOBS) as pool:
             objects = list(pool.map(compile, sources))
         library = folder / f"{name}.so"
-        command = [compiler(), *flags[2:], "-shared", "-Wl,-Bsymbolic"]
+        command = [compiler(), *flags[2:], "-shared", "-Wl,-Bsymbolic", "-Wl,--as-needed"]
         command += [str(target) for target, _ in objects]
         libraries = Path(torch.__file__).parent / "lib"
         command += [f"-L{libraries}", "-ltorch_cpu", "-ltorch", "-ldl"]
@@ -152,6 +152,8 @@ def library(sanitise: bool = False) -> ctypes.CDLL:
 def bind(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.kd_emulator_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64]
     loaded.kd_emulator_launches.restype = ctypes.c_char_p
+    loaded.kd_emulator_name.argtypes = [ctypes.c_char_p]
+    loaded.kd_emulator_name.restype = ctypes.c_char_p
     return loaded
 
 
@@ -162,6 +164,37 @@ def launches(sanitise: bool = False) -> Counter[str]:
         count, _, name = line.partition(" ")
         counts[name] = int(count)
     return counts
+
+
+def instances(sanitise: bool = False) -> set[str]:
+    """Every kernel of the library, by the names that `launches` has."""
+    loaded, names = library(sanitise), kernel_names()
+    table = subprocess.run(
+        ["nm", "--dynamic", "--defined-only", loaded._name],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    symbols = [line.split()[-1] for line in table.splitlines() if " W " in line or " T " in line]
+    shown = {loaded.kd_emulator_name(symbol.encode()).decode() for symbol in symbols}
+    return {name for name in shown if name.partition("<")[0] in names}
+
+
+def sanitised_environment() -> dict[str, str]:
+    """The environment of a Python process that loads a sanitised library."""
+    preload = [
+        subprocess.run(
+            [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        # libstdc++: AddressSanitizer looks for __cxa_throw when the process starts.
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    return {
+        **os.environ,
+        "LD_PRELOAD": ":".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
 
 
 class Route(TorchDispatchMode):

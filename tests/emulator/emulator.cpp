@@ -168,14 +168,12 @@ Bytes static_shared() {
   return found;
 }
 
-std::string name_of(const void* kernel) {
-  Dl_info info;
-  if (!dladdr(kernel, &info) || !info.dli_sname) return "a kernel without a name";
+// "void kdfast::cuda::kernel<float, 2>(float*)", mangled, as "kernel<float, 2>".
+std::string short_name(const char* symbol) {
   int status;
-  char* demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
-  std::string name = demangled ? demangled : info.dli_sname;
+  char* demangled = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
+  std::string name = demangled ? demangled : symbol;
   std::free(demangled);
-  // "void kdfast::cuda::name<float, 2>(float*)" -> "name<float, 2>"
   size_t end = 0;
   for (int depth = 0; end < name.size(); ++end) {
     if (name[end] == '<') ++depth;
@@ -183,9 +181,14 @@ std::string name_of(const void* kernel) {
     if (name[end] == '(' && depth == 0) break;
   }
   name.resize(end);
-  const size_t arguments = name.find('<');
-  const size_t before = name.find_last_of(": ", arguments);
+  const size_t before = name.find_last_of(": ", name.find('<'));
   return before == std::string::npos ? name : name.substr(before + 1);
+}
+
+std::string name_of(const void* kernel) {
+  Dl_info info;
+  if (!dladdr(kernel, &info) || !info.dli_sname) return "a kernel of an unnamed namespace";
+  return short_name(info.dli_sname);
 }
 
 std::string text(const Place& place) {
@@ -403,6 +406,13 @@ const char* kd_emulator_launches() {
     lines += std::to_string(count) + " " + name + "\n";
   }
   return lines.c_str();
+}
+
+// A symbol of this library as `kd_emulator_launches` shows it. Valid until the next call.
+const char* kd_emulator_name(const char* symbol) {
+  static std::string name;
+  name = kd_emulator::short_name(symbol);
+  return name.c_str();
 }
 
 // The runtime functions that glue may use; "device" memory is memory.

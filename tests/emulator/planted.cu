@@ -1,6 +1,7 @@
 // Kernels with one mistake each, and without it: what the emulator must find (test_emulator.py).
 #include <cstdio>
 #include <exception>
+#include <string>
 
 #include "cuda/device.cuh"
 
