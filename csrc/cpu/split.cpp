@@ -10,14 +10,18 @@
 namespace kdfast::cpu {
 namespace {
 
-constexpr int64_t kLine = 64;             // bytes, the unit that threads divide a copy in
+constexpr int64_t kLine = 64;             // bytes, the unit in which threads share a line
+constexpr int64_t kVector = 32;           // bytes copied by one instruction or two
+constexpr int64_t kLongRun = 2048;        // bytes from which memcpy is called
+constexpr int64_t kTileBytes = 16 << 10;  // of the target, written run after run
+constexpr int64_t kLongLine = 64 << 10;   // bytes of a line that threads share
 constexpr int64_t kCopyGrain = 64 << 10;  // bytes worth a thread
 constexpr int64_t kGrain = 32768;         // weights worth a thread
 constexpr int64_t kDrawGrain = 2048;      // bytes of bits worth a thread
 constexpr int64_t kTile = 128;            // weights handled at a time
 
 // Bytes [begin, end) of one line of the target.
-void copy_line(const char* source, char* target, const std::vector<Run>& runs, int64_t begin,
+void copy_part(const char* source, char* target, const std::vector<Run>& runs, int64_t begin,
                int64_t end) {
   int64_t done = begin;
   for (const Run& run : runs) {
@@ -31,6 +35,70 @@ void copy_line(const char* source, char* target, const std::vector<Run>& runs, i
   if (done < end) std::memset(target + done, 0, end - done);
 }
 
+// `length` bytes, a multiple of kVector, of each line: copied, or zero without a source. Runs and
+// the gaps between them are mostly a few hundred bytes, where calling memcpy costs as much as
+// copying.
+KD_CLONES void vector_column(const char* __restrict__ source, char* __restrict__ target,
+                             int64_t lines, int64_t source_line, int64_t target_line,
+                             int64_t length) {
+  using Vector = char __attribute__((vector_size(kVector), aligned(1), may_alias));
+  for (int64_t line = 0; line < lines; ++line) {
+    auto* to = reinterpret_cast<Vector*>(target + line * target_line);
+    if (source == nullptr) {
+      for (int64_t i = 0; i < length / kVector; ++i) to[i] = Vector{};
+    } else {
+      const auto* from = reinterpret_cast<const Vector*>(source + line * source_line);
+      for (int64_t i = 0; i < length / kVector; ++i) to[i] = from[i];
+    }
+  }
+}
+
+void any_column(const char* source, char* target, int64_t lines, int64_t source_line,
+                int64_t target_line, int64_t length) {
+  for (int64_t line = 0; line < lines; ++line, target += target_line) {
+    if (source == nullptr) {
+      std::memset(target, 0, length);
+    } else {
+      std::memcpy(target, source + line * source_line, length);
+    }
+  }
+}
+
+void copy_column(const char* source, char* target, int64_t lines, int64_t source_line,
+                 int64_t target_line, int64_t length) {
+  const auto copy = length % kVector == 0 && length <= kLongRun ? vector_column : any_column;
+  if (length > 0) copy(source, target, lines, source_line, target_line, length);
+}
+
+// Whole lines, a few at a time, so that each is in the first-level cache until it is complete.
+void copy_lines(const char* source, char* target, int64_t lines, int64_t source_line,
+                int64_t target_line, const std::vector<Run>& runs) {
+  const int64_t tile = std::max<int64_t>(1, kTileBytes / target_line);
+  for (int64_t line = 0; line < lines; line += tile) {
+    const int64_t count = std::min(tile, lines - line);
+    const char* from = source + line * source_line;
+    char* to = target + line * target_line;
+    int64_t done = 0;
+    for (const Run& run : runs) {
+      copy_column(nullptr, to + done, count, 0, target_line, run.target - done);
+      copy_column(from + run.source, to + run.target, count, source_line, target_line, run.length);
+      done = run.target + run.length;
+    }
+    copy_column(nullptr, to + done, count, 0, target_line, target_line - done);
+  }
+}
+
+// The source of a target sample, -1 if it is zero.
+int64_t source_sample(const CopyPlan& plan, int64_t sample) {
+  if (plan.rows.empty()) return sample;
+  for (const Run& run : plan.rows) {
+    if (sample >= run.target && sample < run.target + run.length) {
+      return sample - run.target + run.source;
+    }
+  }
+  return -1;
+}
+
 Tensor split_copy(Tensor source, std::vector<int64_t> rows, std::vector<int64_t> columns,
                   int64_t out_rows, int64_t out_columns, bool channels_last) {
   const CopyPlan plan = copy_plan(source, rows, columns, out_rows, out_columns, channels_last);
@@ -38,31 +106,39 @@ Tensor split_copy(Tensor source, std::vector<int64_t> rows, std::vector<int64_t>
                             channels_last);
   const char* from = static_cast<const char*>(plan.source.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t total = plan.samples * plan.lines * plan.target_line;
-  // Threads divide the target's bytes, so that one large sample is shared as well.
+  const int64_t length = plan.target_line, lines = plan.samples * plan.lines;
+  if (length <= kLongLine) {
+    const int64_t grain = std::max<int64_t>(1, kCopyGrain / length);
+    torch::stable::parallel_for(0, lines, grain, [&](int64_t first, int64_t last) {
+      int64_t sample = first / plan.lines, skipped = first % plan.lines;
+      for (int64_t line = first; line < last; ++sample, skipped = 0) {
+        const int64_t count = std::min(plan.lines - skipped, last - line);
+        const int64_t own = source_sample(plan, sample);
+        if (own < 0) {
+          std::memset(to + line * length, 0, count * length);
+        } else {
+          copy_lines(from + own * plan.source_sample + skipped * plan.source_line,
+                     to + line * length, count, plan.source_line, length, plan.columns);
+        }
+        line += count;
+      }
+    });
+    return out;
+  }
+  // Threads share a long line: one large sample in NCHW.
+  const int64_t total = lines * length;
   torch::stable::parallel_for(
       0, (total + kLine - 1) / kLine, kCopyGrain / kLine, [&](int64_t first, int64_t last) {
         const int64_t end = std::min(total, last * kLine);
-        int64_t at = first * kLine;
-        while (at < end) {
-          const int64_t line = at / plan.target_line, begin = at % plan.target_line;
-          const int64_t count = std::min(plan.target_line - begin, end - at);
-          int64_t sample = line / plan.lines;
-          if (!plan.rows.empty()) {
-            int64_t source_sample = -1;
-            for (const Run& run : plan.rows) {
-              if (sample >= run.target && sample < run.target + run.length) {
-                source_sample = sample - run.target + run.source;
-              }
-            }
-            sample = source_sample;
-          }
-          if (sample < 0) {
+        for (int64_t at = first * kLine; at < end;) {
+          const int64_t line = at / length, begin = at % length;
+          const int64_t count = std::min(length - begin, end - at);
+          const int64_t own = source_sample(plan, line / plan.lines);
+          if (own < 0) {
             std::memset(to + at, 0, count);
           } else {
-            const char* own =
-                from + sample * plan.source_sample + line % plan.lines * plan.source_line;
-            copy_line(own, to + at - begin, plan.columns, begin, begin + count);
+            copy_part(from + own * plan.source_sample + line % plan.lines * plan.source_line,
+                      to + at - begin, plan.columns, begin, begin + count);
           }
           at += count;
         }

@@ -62,7 +62,7 @@ class SplitMask:
         self.columns: Runs | None = None
         self.bits: Tensor | None = None
         self._rows: Tensor | None = None  # row mask of a bit mask
-        self._plans: dict[int, _Plan | None] = {}  # groups -> how to compute a grouped convolution
+        self._plans: dict[int, tuple[Runs, int] | None] = {}  # by groups, see _plan
         if bits is None:
             self.rows = _runs("rows", rows, self.shape[0])
             self.columns = _runs("columns", columns, self.shape[1])
@@ -287,41 +287,33 @@ def split_conv2d(
             bias = bias.masked_fill(~mask.row_mask(bias.device), 0)
         return F.conv2d(x, masked, bias, stride, padding, dilation, groups)
 
-    rows, columns, out = mask.rows, mask.columns, mask.shape[0]
     plan = _plan(mask, groups)
     if plan is None:
-        same_rows, same_columns = ([(s, s, n) for s, n in runs] for runs in (rows, columns))
-        weight = _copy(weight, same_rows, same_columns, out, mask.shape[1])
+        in_place = ([i for s, n in runs for i in (s, s, n)] for runs in (mask.rows, mask.columns))
+        weight = _copy(weight, *in_place, *mask.shape[:2], _is_channels_last(weight))
         if bias is not None:
             bias = bias.masked_fill(~mask.row_mask(bias.device), 0)
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
+    inputs, groups = plan
     channels_last = _is_channels_last(x)
-    x = _pack(x, None, plan.inputs)
-    weight = _pack(weight, rows, columns)
+    x = _take(x, None, inputs)
+    weight = _take(weight, mask.rows, mask.columns)
     if bias is not None:
-        bias = _pack(bias.view(1, out, 1, 1), None, rows).flatten()
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, plan.groups)
-    if rows == ((0, out),):
-        return y.contiguous(memory_format=torch.channels_last) if channels_last else y
-    unpacked = [(source, start, length) for start, source, length in _packed(rows)]
-    return _copy(y, [], unpacked, 0, out, channels_last or _is_channels_last(y))
+        bias = _take(bias.view(1, -1, 1, 1), None, mask.rows).flatten()
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return _widen(y, mask.rows, mask.shape[0], channels_last or _is_channels_last(y))
 
 
-class _Plan:
-    """A block of a grouped convolution as a dense one: input channels to read, groups left."""
+def _plan(mask: SplitMask, groups: int) -> tuple[Runs, int] | None:
+    """The channels of x that a block mask reads and the groups that are left.
 
-    def __init__(self, inputs: Runs, groups: int):
-        self.inputs = inputs
-        self.groups = groups
-
-
-def _plan(mask: SplitMask, groups: int) -> _Plan | None:
-    """None where groups keep different numbers of rows."""
+    None where groups keep different numbers of rows, which is no convolution of fewer groups.
+    """
     if groups == 1:
-        return _Plan(mask.columns, 1)
+        return mask.columns, 1
     if groups not in mask._plans:
-        size = mask.shape[0] // groups
+        size, width = mask.shape[0] // groups, mask.shape[1]
         counts = [0] * groups
         for start, length in mask.rows:
             for group in range(start // size, (start + length - 1) // size + 1):
@@ -330,44 +322,61 @@ def _plan(mask: SplitMask, groups: int) -> _Plan | None:
         used = [group for group in range(groups) if counts[group]]
         plan = None
         if all(counts[group] == counts[used[0]] for group in used):
-            width = mask.shape[1]
-            inputs = [(group * width + s, n) for group in used for s, n in mask.columns]
-            plan = _Plan(_joined(inputs), len(used))
+            inputs = _joined((group * width + s, n) for group in used for s, n in mask.columns)
+            plan = inputs, len(used)
         mask._plans[groups] = plan
     return mask._plans[groups]
 
 
-def _pack(tensor: Tensor, rows: Runs | None, columns: Runs) -> Tensor:
-    """tensor[rows, columns], dense in its own memory format."""
-    if rows == ((0, tensor.shape[0]),):
+def _take(tensor: Tensor, rows: Runs | None, columns: Runs) -> Tensor:
+    """tensor[rows, columns], dense in its own memory format; rows None: all of them.
+
+    One run of each is padding by negative widths: torch copies that as fast as a kernel of ours
+    (docs/decisions.md), and its gradient, unlike a slice's, keeps the memory format.
+    """
+    height, width = tensor.shape[:2]
+    if rows is not None and rows[0][1] == height:
         rows = None
-    if rows is None and columns == ((0, tensor.shape[1]),):
+    if len(columns) > 1 or (rows is not None and len(rows) > 1):
+        sizes = 0 if rows is None else _total(rows), _total(columns)
+        moves = [] if rows is None else _packed(rows), _packed(columns)
+        return _copy(tensor, *moves, *sizes, _is_channels_last(tensor))
+    start, length = columns[0]
+    if rows is None and length == width:
         return tensor
-    packed_rows = [] if rows is None else _packed(rows)
-    out_rows = 0 if rows is None else _total(rows)
-    return _copy(tensor, packed_rows, _packed(columns), out_rows, _total(columns))
+    cut = [0, 0, 0, 0, -start, start + length - width]
+    if rows is not None:
+        cut += [-rows[0][0], sum(rows[0]) - height]
+    return torch.constant_pad_nd(tensor, cut)
+
+
+def _widen(y: Tensor, rows: Runs, out: int, channels_last: bool) -> Tensor:
+    """[N, out, H, W]: zeros but for `rows`, which are those of y."""
+    if len(rows) > 1:
+        return _copy(y, [], _swapped(_packed(rows)), 0, out, channels_last)
+    start, length = rows[0]
+    if length < out:
+        y = torch.constant_pad_nd(y, [0, 0, 0, 0, start, out - start - length])
+    return y.contiguous(memory_format=torch.channels_last) if channels_last else y
 
 
 def _copy(
     source: Tensor,
-    rows: Sequence[tuple[int, int, int]],
-    columns: Sequence[tuple[int, int, int]],
+    rows: list[int],
+    columns: list[int],
     out_rows: int,
     out_columns: int,
-    channels_last: bool | None = None,
+    channels_last: bool,
 ) -> Tensor:
-    """Zeros but for the copied runs (source, target, length); see csrc/schemas/split.cpp."""
-    if channels_last is None:
-        channels_last = _is_channels_last(source)
-    flat = [[number for run in runs for number in run] for runs in (rows, columns)]
-    return torch.ops.kdfast.split_copy(source, *flat, out_rows, out_columns, channels_last)
+    """Zeros but for the copied runs, flat triples; see csrc/schemas/split.cpp."""
+    return torch.ops.kdfast.split_copy(source, rows, columns, out_rows, out_columns, channels_last)
 
 
-def _packed(runs: Runs) -> list[tuple[int, int, int]]:
+def _packed(runs: Runs) -> list[int]:
     """(start, place in the packed order, length) of each run."""
     result, place = [], 0
     for start, length in runs:
-        result.append((start, place, length))
+        result += [start, place, length]
         place += length
     return result
 
