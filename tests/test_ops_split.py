@@ -131,6 +131,15 @@ CASES = [
         for name, mask in (("segments", SEGMENTS), ("bits", BITS))
         for layout in LAYOUTS
     ),
+    *(
+        Case(f"bits of {size}", SplitMask.wels((5, width, *size), 0.5, Key(4)), options={})
+        for width, size in ((150, (3, 3)), (13, (2, 5)), (1, (1, 1)))
+    ),
+    *(
+        Case(f"bits of {size}", SplitMask.wels((5, width, *size), 0.5, Key(4)), options={},
+             weight_layout="channels_last")
+        for width, size in ((150, (3, 3)), (13, (2, 5)), (7, (3, 3)))
+    ),
     Case("bits of a slice", BITS, weight_layout="batch_slice"),
     Case("bits of a slice", BITS, weight_layout="channels_last_slice"),
     Case("segments of a slice", SEGMENTS, weight_layout="batch_slice"),

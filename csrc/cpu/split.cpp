@@ -188,11 +188,30 @@ KD_CLONES void mask_bytes(const From* __restrict__ x, const int8_t* __restrict__
   }
 }
 
-// keep[k * kTile + i] = -1 or 0, the bit of first + i * stride + k.
-void transpose_bits(const uint8_t* bits, int64_t first, int64_t count, int64_t stride,
-                    int8_t* keep) {
-  int64_t bit = first;
-  for (int64_t i = 0; i < count; ++i) {
+// keep[k * kTile + i] = -1 or 0, the bit of first + i * stride + k. `size` bytes of bits.
+void transpose_bits(const uint8_t* bits, int64_t size, int64_t first, int64_t count,
+                    int64_t stride, int8_t* keep) {
+  int64_t start = 0;
+  if (stride == 9) {
+    // A 3x3 kernel: bits 9 apart are the diagonal of 8 bytes, so that after one load and a shift
+    // byte i is zero or not as bit i is.
+    for (; start + 8 <= count && (first + (start + 7) * 9 + 8) / 8 + 2 <= size; start += 8) {
+      for (int64_t k = 0; k < 9; ++k) {
+        const int64_t bit = first + start * 9 + k;
+        const int shift = int(bit & 7);
+        uint64_t word;
+        std::memcpy(&word, bits + (bit >> 3), 8);
+        // The ninth byte, shifted in two steps because 64 is too far for one.
+        word = (word >> shift) | (uint64_t(bits[(bit >> 3) + 8]) << 1 << (63 - shift));
+        word &= 0x8040201008040201u;
+        word = ((word + 0x7f7f7f7f7f7f7f7fu) & 0x8080808080808080u) >> 7;
+        word *= 0xff;
+        std::memcpy(keep + k * kTile + start, &word, 8);
+      }
+    }
+  }
+  int64_t bit = first + start * stride;
+  for (int64_t i = start; i < count; ++i) {
     for (int64_t k = 0; k < stride; ++k, ++bit) {
       keep[k * kTile + i] = int8_t(-((bits[bit >> 3] >> (bit & 7)) & 1));
     }
@@ -223,7 +242,8 @@ void mask_weight(const Feature& weight, const uint8_t* bits, To* out) {
       To* to = out + sample * size;
       for (int64_t start = 0; start < length; start += kTile) {
         const int64_t tile = std::min(kTile, length - start);
-        transpose_bits(bits, sample * size + start * stride, tile, stride, keep.data());
+        transpose_bits(bits, (count + 7) / 8, sample * size + start * stride, tile, stride,
+                       keep.data());
         for (int64_t k = 0; k < stride; ++k) {
           const int64_t at = k * length + start;
           mask_bytes<From, To>(x + at, keep.data() + k * kTile, tile, to + at);
