@@ -466,15 +466,21 @@ def test_gradcheck_first_and_second(case, layout, device):
 
 
 @devices
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("layout", ["nchw", "channels_last", "column_slice"])
-def test_opcheck(layout, dtype, device):
+@pytest.mark.parametrize(
+    ("dtype", "layout", "channels_last"),
+    [
+        (torch.float32, "nchw", True),
+        (torch.float64, "column_slice", False),
+        (torch.float16, "channels_last", False),
+        (torch.bfloat16, "channels_last", True),
+    ],
+)
+def test_opcheck(dtype, layout, channels_last, device):
     x = LAYOUTS[layout](torch.randn(3, 8, 5, 6).to(device, dtype)).requires_grad_()
     library = torch.ops.kdfast
-    for channels_last in (False, True):
-        moves = [0, 1, 1, 2, 2, 1], [1, 0, 2, 4, 5, 4], 4, 11, channels_last
-        torch.library.opcheck(library.split_copy.default, (x, *moves))
-        torch.library.opcheck(library.split_copy.default, (x, [], moves[1], 0, *moves[3:]))
+    moves = [0, 1, 1, 2, 2, 1], [1, 0, 2, 4, 5, 4], 4, 11, channels_last
+    torch.library.opcheck(library.split_copy.default, (x, *moves))
+    torch.library.opcheck(library.split_copy.default, (x, [], moves[1], 0, *moves[3:]))
     bits = torch.randint(256, (x.numel() // 8,), dtype=torch.uint8, device=device)
     to = torch.float64 if dtype == torch.float64 else torch.bfloat16
     torch.library.opcheck(library.split_mask.default, (x, bits, to))
@@ -482,24 +488,37 @@ def test_opcheck(layout, dtype, device):
 
 
 @devices
-@pytest.mark.parametrize("mask", [ONE, SEGMENTS, BITS], ids=["one run", "segments", "bits"])
-def test_compile_fullgraph_with_dynamic_batch(mask, device):
-    mask = mask.to(device)
+def test_compile_fullgraph_with_dynamic_batch(device):
+    masks = [ONE, SEGMENTS, BITS.to(device)]
 
     def step(x, weight, bias):
-        return split_conv2d(x.relu(), weight, mask, bias, padding=1) * 2
+        maps = [split_conv2d(x.relu(), weight, mask, bias, padding=1) for mask in masks]
+        return maps[0] * 2 + maps[1] * maps[2]
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (3, 5):
-            tensors = Case("", mask, batch=batch, layout="channels_last").make(device)
+            tensors = Case("", ONE, batch=batch, layout="channels_last").make(device)
             torch._dynamo.mark_dynamic(tensors[0], 0)
             y, want = compiled(*tensors), step(*tensors)
             torch.testing.assert_close(y, want)
-            grads = [torch.autograd.grad(z.square().sum(), tensors) for z in (y, want)]
+            grads = [torch.autograd.grad(z.square().mean(), tensors) for z in (y, want)]
             for got, exact in zip(*grads, strict=True):
-                torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
+                assert error(got, exact) < 1e-5
+
+
+@devices
+@pytest.mark.parametrize(
+    "case", [case for case in MASKS if case.groups > 1 and case.mask.bits is None], ids=str
+)
+def test_dynamo_traces_grouped_convolutions(case, device):
+    torch._dynamo.reset()
+    tensors = case.make(device)
+    traced = torch.compile(
+        lambda *tensors: case.run(split_conv2d, *tensors), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(traced(*tensors), case.run(split_conv2d, *tensors))
 
 
 @devices

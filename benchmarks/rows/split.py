@@ -56,16 +56,30 @@ def split_conv(device: str) -> Iterator[Row]:
                 conv = torch.compile(masked, dynamic=False)
                 return lambda: step(conv)
 
+            steps = {
+                "fused": lambda step=step, fused=fused: step(fused),
+                "eager": lambda step=step, eager=eager: step(eager),
+                "masked dense": lambda step=step, masked=masked: step(masked),
+            }
+            if mask.bits is None and len(mask.columns) > 1:
+
+                def cat(x: Tensor, weight: Tensor, mask=mask) -> Tensor:
+                    """What torch has for several runs: slices put together."""
+                    kept = mask.rows[0][1]
+                    x, weight = (
+                        torch.cat([t.narrow(1, *run) for run in mask.columns], 1)
+                        for t in (x, weight[:kept])
+                    )
+                    y = F.conv2d(x, weight, padding=1)
+                    return F.pad(y, (0, 0, 0, 0, 0, mask.shape[0] - kept))
+
+                steps["slices"] = lambda step=step, cat=cat: step(cat)
             kept = mask.sum() if mask.bits is None else weight.numel()
             yield Row(
                 "split_conv2d",
                 f"{batch}x{width}x{edge}x{edge}{name}",
                 torch.float32,
-                {
-                    "fused": lambda step=step, fused=fused: step(fused),
-                    "eager": lambda step=step, eager=eager: step(eager),
-                    "masked dense": lambda step=step, masked=masked: step(masked),
-                },
+                steps,
                 "channels_last",
                 compiled,
                 operations=3 * 2 * batch * edge * edge * kept,

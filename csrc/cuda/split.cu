@@ -108,7 +108,7 @@ Tensor split_mask(Tensor weight, Tensor bits, ScalarType dtype) {
   KD_CHECK(count < int64_t(1) << 31, "split_mask: expected fewer than 2^31 weights");
   Tensor out = empty_on(weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)},
                         dtype, dense.format());
-  constexpr int64_t kEach = kSplitThreads * kMaskPack;
+  constexpr int64_t kEach = kSplitThreads * kMaskEach;
   with_accumulator(dense.tensor, [&](auto zero) {
     using A = decltype(zero);
     with_type<A>(dense.view.storage, [&](auto from) {

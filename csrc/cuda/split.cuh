@@ -86,30 +86,36 @@ __global__ void __launch_bounds__(kSplitThreads)
   }
 }
 
-constexpr int kMaskPack = 4;  // weights of a thread
+constexpr int kMaskEach = 4;  // weights of a thread, kSplitThreads apart
 
-// out = weight where its bit is set, else 0. Sizes below 2^31; packs of 4 neighbours in memory.
+// out = weight where its bit is set, else 0. Sizes below 2^31.
 template <typename From, typename To>
 __global__ void __launch_bounds__(kSplitThreads)
     split_mask_weights(const __grid_constant__ Feature weight, const uint8_t* bits, To* out) {
   const uint32_t channels = uint32_t(weight.channels), positions = uint32_t(weight.positions);
   const uint32_t size = channels * positions, count = uint32_t(weight.samples) * size;
-  const uint32_t first = (blockIdx.x * kSplitThreads + threadIdx.x) * kMaskPack;
+  const uint32_t first = blockIdx.x * (kSplitThreads * kMaskEach) + threadIdx.x;
   const From* data = static_cast<const From*>(weight.data);
+  To value[kMaskEach];
 #pragma unroll
-  for (uint32_t i = first; i < first + kMaskPack; ++i) {
-    if (i >= count) break;
+  for (int u = 0; u < kMaskEach; ++u) {
+    const uint32_t i = first + u * kSplitThreads;
+    value[u] = To{};
+    if (i >= count) continue;
     const uint32_t sample = i / size, place = i - sample * size;
     uint32_t bit = i;
     if (weight.channels_last) {
       const uint32_t position = place / channels;
       bit = sample * size + (place - position * channels) * positions + position;
     }
-    To value{};
-    if ((bits[bit / 8] >> (bit % 8)) & 1) {
-      narrow(widen(data[int64_t(sample) * weight.sample_stride + place]), value);
-    }
-    out[i] = value;
+    To kept;
+    narrow(widen(data[int64_t(sample) * weight.sample_stride + place]), kept);
+    if ((bits[bit / 8] >> (bit % 8)) & 1) value[u] = kept;
+  }
+#pragma unroll
+  for (int u = 0; u < kMaskEach; ++u) {
+    const uint32_t i = first + u * kSplitThreads;
+    if (i < count) out[i] = value[u];
   }
 }
 
