@@ -225,7 +225,8 @@ void mask_weight(const Feature& weight, const uint8_t* bits, To* out) {
   const From* data = static_cast<const From*>(weight.data);
   if (!weight.channels_last && (weight.samples == 1 || weight.sample_stride == size)) {
     // Whole bytes a thread, so that bit 0 of a part is bit 0 of a byte.
-    torch::stable::parallel_for(0, (count + 31) / 32, kGrain / 32, [&](int64_t first, int64_t last) {
+    const int64_t words = (count + 31) / 32;
+    torch::stable::parallel_for(0, words, kGrain / 32, [&](int64_t first, int64_t last) {
       const int64_t start = first * 32, end = std::min(count, last * 32);
       mask_flat<From, To>(data + start, bits + start / 8, end - start, out + start);
     });

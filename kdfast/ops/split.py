@@ -43,7 +43,7 @@ class SplitMask:
         TypeError, ValueError: for another shape, runs that are empty, out of order or outside
             the shape, bits of another dtype or number.
 
-    Source: sections "Splitting" of the paper, KELS and WELS.
+    Source: the paper's kernel-level (KELS) and weight-level (WELS) splits.
     """
 
     def __init__(
@@ -276,7 +276,7 @@ def split_conv2d(
     Raises:
         TypeError, ValueError: for a wrong dtype, rank, size, device or mask shape.
 
-    Source: sections 3.1 and 3.2 of the paper, the masked network and its slim form.
+    Source: the paper's masked network (M * W); its slim network is the small convolution.
     """
     _check_conv(x, weight, mask, bias, stride, padding, dilation, groups)
     if not _library.fused("split_conv2d", x.device):

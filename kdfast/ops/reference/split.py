@@ -27,7 +27,7 @@ def split_conv2d(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """conv2d(x, M * W, r * b); see `kdfast.ops`. Also under M = 0 and r = 0, NaN becomes 0."""
+    """conv2d(x, M * W, r * b); see `kdfast.ops`. Masked entries become 0 even if NaN."""
     weight = weight.masked_fill(~mask.dense(device=weight.device), 0)
     if bias is not None:
         bias = bias.masked_fill(~mask.row_mask(bias.device), 0)
