@@ -67,12 +67,18 @@ Buffers& buffers() {
 
 Tensor reused_gradient(const DenseFeature& feature) {
   const Tensor& like = feature.tensor;
-  const int64_t n = like.size(0), c = like.size(1), h = like.size(2), w = like.size(3);
-  const size_t bytes = size_t(like.numel()) * like.element_size();
-  if (bytes < kSmallest) return empty_gradient(feature);
+  return reused_empty(like, {like.size(0), like.size(1), like.size(2), like.size(3)},
+                      feature.view.channels_last);
+}
 
-  const std::vector<int64_t> sizes{n, c, h, w};
-  const std::vector<int64_t> strides = feature.view.channels_last
+Tensor reused_empty(const Tensor& like, const std::vector<int64_t>& sizes, bool channels_last) {
+  const int64_t n = sizes[0], c = sizes[1], h = sizes[2], w = sizes[3];
+  const size_t bytes = size_t(n * c * h * w) * like.element_size();
+  if (bytes < kSmallest) {
+    return empty_on(like, sizes, like.scalar_type(),
+                    channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  }
+  const std::vector<int64_t> strides = channels_last
                                            ? std::vector<int64_t>{c * h * w, 1, w * c, c}
                                            : std::vector<int64_t>{c * h * w, h * w, w, 1};
   void* data = buffers().take(bytes);

@@ -12,4 +12,7 @@ namespace kdfast::cpu {
 // 8 MB and more come from a list of released buffers instead, which keeps at most 512 MB.
 Tensor reused_gradient(const DenseFeature& feature);
 
+// The same for sizes [N, C, H, W] of one's own; dtype and device of `like`.
+Tensor reused_empty(const Tensor& like, const std::vector<int64_t>& sizes, bool channels_last);
+
 }  // namespace kdfast::cpu

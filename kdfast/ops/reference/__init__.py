@@ -5,5 +5,6 @@ Half types are computed in float32.
 """
 
 from kdfast.ops.reference.attention import EPS, attention_loss, attention_map, match_size
+from kdfast.ops.reference.split import split_conv2d
 
-__all__ = ["EPS", "attention_loss", "attention_map", "match_size"]
+__all__ = ["EPS", "attention_loss", "attention_map", "match_size", "split_conv2d"]
