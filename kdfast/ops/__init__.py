@@ -7,5 +7,22 @@ from kdfast.ops import reference
 from kdfast.ops._key import Key
 from kdfast.ops._library import active, use
 from kdfast.ops.attention import attention_loss, attention_map
+from kdfast.ops.contrast import (
+    contrastive_constants,
+    contrastive_loss,
+    contrastive_update_,
+    draw_negatives,
+)
 
-__all__ = ["Key", "active", "attention_loss", "attention_map", "reference", "use"]
+__all__ = [
+    "Key",
+    "active",
+    "attention_loss",
+    "attention_map",
+    "contrastive_constants",
+    "contrastive_loss",
+    "contrastive_update_",
+    "draw_negatives",
+    "reference",
+    "use",
+]

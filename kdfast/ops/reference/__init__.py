@@ -5,5 +5,20 @@ Half types are computed in float32.
 """
 
 from kdfast.ops.reference.attention import EPS, attention_loss, attention_map, match_size
+from kdfast.ops.reference.contrast import (
+    contrastive_constants,
+    contrastive_loss,
+    contrastive_update_,
+    draw_negatives,
+)
 
-__all__ = ["EPS", "attention_loss", "attention_map", "match_size"]
+__all__ = [
+    "EPS",
+    "attention_loss",
+    "attention_map",
+    "contrastive_constants",
+    "contrastive_loss",
+    "contrastive_update_",
+    "draw_negatives",
+    "match_size",
+]
