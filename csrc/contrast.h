@@ -72,6 +72,10 @@ KD_HD uint32_t walked(Cell cell, const Permutation& permutation) {
 KD_HD Bits4 replacement_bits(uint64_t key, uint64_t id, uint32_t block) {
   return philox(key, counter_of(block + 2, id, 0));
 }
+KD_HD uint32_t word_of(const Bits4& bits, uint32_t j) {
+  const uint32_t low = j % 2 ? bits.word[1] : bits.word[0];
+  return j % 4 < 2 ? low : (j % 2 ? bits.word[3] : bits.word[2]);
+}
 KD_HD uint32_t scaled(uint32_t bits, uint32_t size) {
   return uint32_t((uint64_t(bits) * size) >> 32);
 }
@@ -111,11 +115,11 @@ struct Contrast {
   }
 };
 
+// With log_z left at 0, for Z = 1.
 template <typename A>
-KD_HD Contrast<A> contrast_of(double temperature, double z, int64_t negatives, int64_t samples) {
+KD_HD Contrast<A> contrast_of(double temperature, int64_t negatives, int64_t samples) {
   const double c = double(negatives) / double(samples);
-  return {A(1 / temperature), A(std::log(z)), A(kContrastEpsilon), A(1 / c),
-          A(c + kContrastEpsilon)};
+  return {A(1 / temperature), A(0), A(kContrastEpsilon), A(1 / c), A(c + kContrastEpsilon)};
 }
 
 // Smallest norm that a bank row is divided by.

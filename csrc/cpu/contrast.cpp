@@ -310,10 +310,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_loss(
       const Tensor& bank = side == 0 ? teacher_bank : student_bank;
       Tensor& slope = side == 0 ? student_slope : teacher_slope;
       const double z = double(*(side == 0 ? z_student : z_teacher).const_data_ptr<A>());
+      Contrast<A> contrast = contrast_of<A>(temperature, negatives, samples);
+      contrast.log_z = A(std::log(z));
       std::vector<double> results(2 * batch);
       contrast_side(anchors.const_data_ptr<A>(), bank.const_data_ptr<A>(), dim, indices, sorted,
-                    contrast_of<A>(temperature, z, negatives, samples), results.data(),
-                    slopes ? slope.mutable_data_ptr<A>() : nullptr,
+                    contrast, results.data(), slopes ? slope.mutable_data_ptr<A>() : nullptr,
                     1 / (temperature * double(batch)));
       double sum = 0;
       for (int64_t b = 0; b < batch; ++b) {
