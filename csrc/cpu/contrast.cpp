@@ -5,11 +5,6 @@
 // come from memory one by one; sorted into blocks of the bank that fit the second-level cache, and
 // the blocks visited by all samples of a thread in turn, the bank comes from memory once. What a
 // sample adds up, and in which order, does not depend on the other samples or on the threads.
-#if defined(__GNUC__) && !defined(__clang__)
-// Comparisons and selections must not become branches: nothing here reads the floating-point flags.
-#pragma GCC optimize("no-trapping-math")
-#endif
-
 #include <algorithm>
 #include <atomic>
 
