@@ -17,5 +17,22 @@ __all__ = [
     "attention_map",
     "reference",
     "split_conv2d",
+from kdfast.ops.contrast import (
+    contrastive_constants,
+    contrastive_loss,
+    contrastive_update_,
+    draw_negatives,
+)
+
+__all__ = [
+    "Key",
+    "active",
+    "attention_loss",
+    "attention_map",
+    "contrastive_constants",
+    "contrastive_loss",
+    "contrastive_update_",
+    "draw_negatives",
+    "reference",
     "use",
 ]

@@ -8,3 +8,20 @@ from kdfast.ops.reference.attention import EPS, attention_loss, attention_map, m
 from kdfast.ops.reference.split import split_conv2d
 
 __all__ = ["EPS", "attention_loss", "attention_map", "match_size", "split_conv2d"]
+from kdfast.ops.reference.contrast import (
+    contrastive_constants,
+    contrastive_loss,
+    contrastive_update_,
+    draw_negatives,
+)
+
+__all__ = [
+    "EPS",
+    "attention_loss",
+    "attention_map",
+    "contrastive_constants",
+    "contrastive_loss",
+    "contrastive_update_",
+    "draw_negatives",
+    "match_size",
+]
