@@ -72,11 +72,11 @@ stage() {
     printf '%s: %s, %d s\n' "$name" "$status" $((SECONDS - start)) | tee -a "$report"
 }
 
-stage 150 build pip install --no-build-isolation --no-deps --quiet -e .
+stage 120 build pip install --no-build-isolation --no-deps --quiet -e .
 stage 20 "what was built" python -m kdfast
-stage 150 tests python -m pytest -q tests/test_ops_*.py -k cuda
+stage 120 tests python -m pytest -q tests/test_ops_*.py tests/test_emulator.py -k cuda
 
-# The sanitizer runs the emulator's cases, which are small and reach every kernel, natively.
+# The sanitizer sees the emulator's cases, which are small and reach every kernel.
 sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer)
 if [ -z "$sanitizer" ]; then
     echo "compute-sanitizer: not run, the tool was not found" | tee -a "$report"
@@ -85,12 +85,12 @@ elif ! timeout 60 "$sanitizer" --tool memcheck --error-exitcode 9 \
     echo "compute-sanitizer: not run, the device does not allow it" | tee -a "$report"
 else
     for tool in memcheck racecheck synccheck initcheck; do
-        stage 45 "$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 5 \
-            --kernel-regex kns=kdfast python tests/emulated_on_gpu.py
+        stage 40 "$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 5 \
+            python tests/emulator/on_gpu.py
     done
 fi
 
-stage 180 benchmarks python benchmarks/ops.py --device cuda --output "$output/ops-$slug.jsonl"
+stage 170 benchmarks python benchmarks/ops.py --device cuda --output "$output/ops-$slug.jsonl"
 
 echo
 cat "$report"

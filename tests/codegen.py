@@ -58,6 +58,8 @@ FOLDER = ROOT / "build" / "codegen"
 FLAGS = f"-std=c++17 -O3 -Werror all-warnings {STABLE_TARGET} -DUSE_CUDA".split()
 VECTOR_LOAD = re.compile(r"\bld\.global(\.nc)?[.\w]*\.(v4\.[fub]32|v2\.[fub]64)\b")
 
+DOUBLE = re.compile(r"\s*(@\S+\s+)?\S+\.f64")
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -165,7 +167,7 @@ def read_ptx() -> dict[str, Kernel]:
         for body in file.read_text().split(".entry ")[1:]:
             symbol = re.match(r"\w+", body)[0]
             body = body.partition("\n}")[0]
-            double = [line.strip() for line in body.splitlines() if re.match(r"\s*(@\S+\s+)?\S+\.f64", line)]
+            double = [line.strip() for line in body.splitlines() if DOUBLE.match(line)]
             found[symbol] = Kernel(len(VECTOR_LOAD.findall(body)), tuple(double[:3]))
     return found
 

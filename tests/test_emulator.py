@@ -17,12 +17,13 @@ from pathlib import Path
 import emulator
 import pytest
 import torch
+from cases import DEVICES
 from toolkit import kernel_names
 from torch import Tensor
 
 from kdfast import ops
 
-pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
+emulated = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
 # Largest difference between both devices' results, relative to the largest entry.
 TOLERANCE = {
@@ -47,6 +48,7 @@ def cases() -> dict[str, tuple[Callable[[], list[Tensor]], float | None]]:
 CASES = cases()
 
 
+@emulated
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_match_the_cpu_ops_under_every_schedule(name):
     function, tolerance = CASES[name]
@@ -58,14 +60,29 @@ def test_kernels_match_the_cpu_ops_under_every_schedule(name):
             with emulator.run(order, seed):
                 results[schedule] = function()
     assert emulator.launches().total() > before, "no kernel ran"
-    assert native and len(native) == len(results["forward"])
-    for i, (want, got) in enumerate(zip(native, results["forward"], strict=True)):
+    check_close(results["forward"], native, tolerance)
+    for schedule, other in results.items():
+        for i, (got, want) in enumerate(zip(other, results["forward"], strict=True)):
+            assert same_bits(got, want), f"result {i} depends on the schedule: {schedule}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CASES)
+def test_devices_match(name, device):
+    """The same on a GPU; on the CPU, that copies give what the originals do."""
+    function, tolerance = CASES[name]
+    with ops.use("fused"):
+        native = function()
+        with emulator.OnDevice(device):
+            results = function()
+    check_close(results, native, tolerance)
+
+
+def check_close(results: list[Tensor], native: list[Tensor], tolerance: float | None) -> None:
+    assert native and len(native) == len(results)
+    for i, (got, want) in enumerate(zip(results, native, strict=True)):
         assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride())
         assert difference(got, want) <= (tolerance or TOLERANCE.get(got.dtype, 0)), f"result {i}"
-        for schedule, other in results.items():
-            assert same_bits(got, other[i]), (
-                f"result {i} depends on the order of threads: {schedule}"
-            )
 
 
 def difference(got: Tensor, want: Tensor) -> float:
@@ -100,10 +117,12 @@ def sanitised() -> subprocess.CompletedProcess[str]:
     )
 
 
+@emulated
 def test_sanitisers_find_nothing(sanitised):
     assert sanitised.returncode == 0, sanitised.stdout[-300:] + sanitised.stderr[-6000:]
 
 
+@emulated
 def test_every_kernel_runs_in_some_case(sanitised):
     """Every instance of every template: a kernel that no case reaches is not tested at all."""
     assert kernel_names() == {name.partition("<")[0] for name in emulator.instances()}
@@ -153,6 +172,7 @@ CORRECT = {
 }
 
 
+@emulated
 @pytest.mark.parametrize("schedule", emulator.SCHEDULES)
 @pytest.mark.parametrize("name", CORRECT)
 def test_correct_kernels_pass(planted, name, schedule):
@@ -161,6 +181,7 @@ def test_correct_kernels_pass(planted, name, schedule):
     assert (words, out) == ("", want + [-1.0] * (SIZE - len(want)))
 
 
+@emulated
 @pytest.mark.parametrize(
     ("name", "correct"),
     [
@@ -178,11 +199,13 @@ def test_a_race_or_an_uninitialised_read_changes_results(planted, name, correct)
     assert any(result != want for result in results)
 
 
+@emulated
 def test_an_order_of_blocks_is_not_relied_on(planted):
     results = {tuple(planted("blocks in order", s)[1][:5]) for s in emulator.SCHEDULES}
     assert len(results) > 1
 
 
+@emulated
 @pytest.mark.parametrize("schedule", emulator.SCHEDULES)
 @pytest.mark.parametrize(
     ("name", "words"),
@@ -228,11 +251,13 @@ def run_sanitised(*names: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@emulated
 def test_correct_kernels_pass_the_sanitisers():
     done = run_sanitised(*CORRECT)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
+@emulated
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -33,6 +33,7 @@ from toolkit import (
     torch_include,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 HERE = Path(__file__).resolve().parent
 NAMESPACE = "kdfast_emulated"
@@ -167,3 +168,39 @@ def run(schedule: str = "forward", seed: int = 0, sanitise: bool = False) -> Ite
     library(sanitise).kd_emulator_schedule(ORDERS.index(schedule), seed)
     with Route():
         yield
+
+
+class OnDevice(TorchDispatchMode):
+    """Runs kdfast ops on copies of their CPU tensors on another device, results copied back.
+
+    Copies have the strides and the offset of the originals.
+    """
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace != "kdfast":
+            return func(*args, **kwargs)
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def there(tensor: torch.Tensor) -> torch.Tensor:
+            whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+            copy = whole.to(self.device, copy=True).as_strided(
+                tensor.shape, tensor.stride(), tensor.storage_offset()
+            )
+            copies.append((tensor, copy))
+            return copy
+
+        def device(value: torch.device) -> torch.device:
+            return torch.device(self.device)
+
+        args, kwargs = tree_map_only(torch.Tensor, there, (args, kwargs))
+        args, kwargs = tree_map_only(torch.device, device, (args, kwargs))
+        result = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            for tensor, copy in copies:
+                tensor.copy_(copy)
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), result)
