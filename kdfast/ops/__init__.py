@@ -7,6 +7,12 @@ from kdfast.ops import reference
 from kdfast.ops._key import Key
 from kdfast.ops._library import active, use
 from kdfast.ops.attention import attention_loss, attention_map
+from kdfast.ops.contrast import (
+    contrastive_constants,
+    contrastive_loss,
+    contrastive_update_,
+    draw_negatives,
+)
 from kdfast.ops.split import SplitMask, split_conv2d
 
 __all__ = [
@@ -15,24 +21,11 @@ __all__ = [
     "active",
     "attention_loss",
     "attention_map",
-    "reference",
-    "split_conv2d",
-from kdfast.ops.contrast import (
-    contrastive_constants,
-    contrastive_loss,
-    contrastive_update_,
-    draw_negatives,
-)
-
-__all__ = [
-    "Key",
-    "active",
-    "attention_loss",
-    "attention_map",
     "contrastive_constants",
     "contrastive_loss",
     "contrastive_update_",
     "draw_negatives",
     "reference",
+    "split_conv2d",
     "use",
 ]

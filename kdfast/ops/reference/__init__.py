@@ -5,15 +5,13 @@ Half types are computed in float32.
 """
 
 from kdfast.ops.reference.attention import EPS, attention_loss, attention_map, match_size
-from kdfast.ops.reference.split import split_conv2d
-
-__all__ = ["EPS", "attention_loss", "attention_map", "match_size", "split_conv2d"]
 from kdfast.ops.reference.contrast import (
     contrastive_constants,
     contrastive_loss,
     contrastive_update_,
     draw_negatives,
 )
+from kdfast.ops.reference.split import split_conv2d
 
 __all__ = [
     "EPS",
@@ -24,4 +22,5 @@ __all__ = [
     "contrastive_update_",
     "draw_negatives",
     "match_size",
+    "split_conv2d",
 ]
