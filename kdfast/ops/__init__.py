@@ -7,5 +7,15 @@ from kdfast.ops import reference
 from kdfast.ops._key import Key
 from kdfast.ops._library import active, use
 from kdfast.ops.attention import attention_loss, attention_map
+from kdfast.ops.fsp import fsp_loss, fsp_matrix
 
-__all__ = ["Key", "active", "attention_loss", "attention_map", "reference", "use"]
+__all__ = [
+    "Key",
+    "active",
+    "attention_loss",
+    "attention_map",
+    "fsp_loss",
+    "fsp_matrix",
+    "reference",
+    "use",
+]

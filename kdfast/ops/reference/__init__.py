@@ -5,5 +5,14 @@ Half types are computed in float32.
 """
 
 from kdfast.ops.reference.attention import EPS, attention_loss, attention_map, match_size
+from kdfast.ops.reference.fsp import fsp_loss, fsp_matrix, pool_to
 
-__all__ = ["EPS", "attention_loss", "attention_map", "match_size"]
+__all__ = [
+    "EPS",
+    "attention_loss",
+    "attention_map",
+    "fsp_loss",
+    "fsp_matrix",
+    "match_size",
+    "pool_to",
+]
