@@ -16,7 +16,8 @@ namespace kdfast::cpu {
 namespace {
 
 constexpr int64_t kGrain = 32768;       // elements that are worth a thread
-constexpr int64_t kTileElements = 8192;  // of both feature maps of a Gram matrix
+constexpr int64_t kTileElements = 4096;  // of both feature maps of a Gram matrix
+constexpr int64_t kFarApart = 512;      // bytes between rows
 constexpr int64_t kDepth = 256;          // products summed before they join the result
 
 // 32 bytes of A: two or one registers, for which the compiler has the instructions of each clone.
@@ -92,7 +93,18 @@ KD_CLONES void multiply(int64_t rows, int64_t columns, int64_t depth, const A* a
     const A* right = b + start * b_step;
     const bool plus = add || start > 0;
     int64_t column = 0;
+    // Rows of B far apart share few lines of the cache: two vectors of each are brought together.
+    const bool gather = rows > 4 && b_step * int64_t(sizeof(A)) >= kFarApart;
     for (; column + 2 * L <= columns; column += 2 * L) {
+      if (gather) {
+        alignas(64) A panel[kDepth * 2 * L];
+        for (int64_t k = 0; k < count; ++k) {
+          std::memcpy(panel + k * 2 * L, right + k * b_step + column, 2 * L * sizeof(A));
+        }
+        multiply_columns<A, 2>(rows, count, left, a_row, a_step, panel, 2 * L, c + column, c_row,
+                               plus);
+        continue;
+      }
       multiply_columns<A, 2>(rows, count, left, a_row, a_step, right + column, b_step, c + column,
                              c_row, plus);
     }
@@ -249,12 +261,16 @@ KD_CLONES void pool_channel(const Grid& grid, const T* __restrict__ x, int64_t s
     A* out = to + at;
     for (int64_t row = 0; row < grid.rows; ++row) {
       const T* from = x + first + row * width;
-      if (row == 0) {
-        for (int64_t i = 0; i < length; ++i) out[i] = A(widen(from[i * columns]));
-      } else {
+      if constexpr (C == 2) {
         for (int64_t i = 0; i < length; ++i) {
-          out[i] = pooled_with<Max>(out[i], A(widen(from[i * columns])));
+          const A both = pooled_with<Max>(A(widen(from[2 * i])), A(widen(from[2 * i + 1])));
+          out[i] = row == 0 ? both : pooled_with<Max>(out[i], both);
         }
+        continue;
+      }
+      for (int64_t i = 0; i < length; ++i) {
+        const A value = A(widen(from[i * columns]));
+        out[i] = row == 0 ? value : pooled_with<Max>(out[i], value);
       }
       for (int64_t column = 1; column < columns; ++column) {
         for (int64_t i = 0; i < length; ++i) {
