@@ -62,6 +62,15 @@ inline void check_networks(const char* op, const std::vector<GramPair>& students
   }
 }
 
+// Places of the features whose gradients are asked for.
+inline void check_wanted(const char* op, const std::vector<int64_t>& wanted,
+                         const std::vector<DenseFeature>& features) {
+  KD_CHECK(wanted.size() <= features.size(), op, ": expected a place once");
+  for (int64_t place : wanted) {
+    KD_CHECK(place >= 0 && place < int64_t(features.size()), op, ": no feature ", place);
+  }
+}
+
 // Gram matrices, or gradients with respect to them: [samples, channels, channels], dense, in the
 // accumulation type.
 inline void check_matrix(const char* op, const Tensor& matrix, const GramPair& pair) {

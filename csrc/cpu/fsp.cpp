@@ -368,12 +368,10 @@ Tile<A> dense_along_positions(const Tile<A>& tile, int64_t channels, int64_t cou
   return {buffer, count, 1};
 }
 
-// How many positions are handled at a time: both tiles fit the first-level cache, and a tile of a
-// pooled feature ends with a row of its grid where rows are short.
+// How many positions are handled at a time, so that both tiles fit the first-level cache.
 int64_t tile_positions(const Grid& grid, int64_t channels) {
-  const int64_t fitting = std::clamp<int64_t>(kTileElements / channels / 32 * 32, 32, kDepth);
-  const int64_t rows = fitting / grid.width;
-  return std::min(grid.positions, rows > 0 ? rows * grid.width : fitting);
+  const int64_t fitting = std::clamp<int64_t>(kTileElements / channels / 32 * 32, 64, kDepth);
+  return std::min(grid.positions, fitting);
 }
 
 // What a thread works in.
@@ -650,6 +648,7 @@ std::vector<Tensor> fsp_matrix_backward(Tensor grad, Tensor first, Tensor second
   const std::vector<GramPair> pairs = gram_pairs(op, features, {0, 1});
   const Tensor dense_grad = torch::stable::contiguous(grad);
   check_matrix(op, dense_grad, pairs[0]);
+  check_wanted(op, wanted, features);
   std::vector<Tensor> gradients;
   for (int64_t place : wanted) gradients.push_back(reused_gradient(features[place]));
   with_accumulator(grad, [&](auto zero) {
@@ -718,6 +717,8 @@ std::vector<Tensor> fsp_loss_backward(Tensor grad, std::vector<Tensor> features,
   const char* op = "fsp_loss_backward";
   const std::vector<DenseFeature> dense = dense_features(op, features);
   const std::vector<GramPair> pairs = gram_pairs(op, dense, places);
+  check_wanted(op, wanted, dense);
+  KD_CHECK(differences.size() == pairs.size(), op, ": expected a difference for every pair");
   std::vector<Tensor> gradients;
   for (int64_t place : wanted) gradients.push_back(reused_gradient(dense[place]));
   with_accumulator(grad, [&](auto zero) {

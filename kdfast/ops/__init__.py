@@ -8,6 +8,7 @@ from kdfast.ops._key import Key
 from kdfast.ops._library import active, use
 from kdfast.ops.attention import attention_loss, attention_map
 from kdfast.ops.fsp import fsp_loss, fsp_matrix
+from kdfast.ops.transnet import gated_relu
 
 __all__ = [
     "Key",
@@ -16,6 +17,7 @@ __all__ = [
     "attention_map",
     "fsp_loss",
     "fsp_matrix",
+    "gated_relu",
     "reference",
     "use",
 ]

@@ -25,6 +25,7 @@ from kdfast.ops.attention import _gradient_like
 POOLS = ("avg", "max")
 # The most channels of either map that the kernels take; above, torch's batched product is faster.
 MOST_CHANNELS = {"cpu": 64, "cuda": 64}
+MOST_PAIRS = 8  # of one call of the op: what the CUDA kernels' tables hold
 
 Pair = tuple[Tensor, Tensor]
 
@@ -89,14 +90,12 @@ def fsp_loss(
         else:
             pair = [[f.to(dtype) for f in features] for features in pair]
             terms.append(reference.fsp_loss([pair[0]], [pair[1]], pool))
-    if fused:
-        terms.append(_fused_loss(fused, pool, dtype))
+    for start in range(0, len(fused), MOST_PAIRS):
+        terms.append(_fused_loss(fused[start : start + MOST_PAIRS], pool, dtype))
     return sum(terms[1:], terms[0])
 
 
-def _fused_loss(
-    pairs: list[tuple[Pair, Pair]], pool: str, dtype: torch.dtype
-) -> Tensor:
+def _fused_loss(pairs: list[tuple[Pair, Pair]], pool: str, dtype: torch.dtype) -> Tensor:
     student: list[Tensor] = []
     teacher: list[Tensor] = []
     places = []
@@ -168,9 +167,7 @@ def _check_networks(
     return students, teachers
 
 
-def _check_pair(
-    op: str, first_name: str, first: Tensor, second_name: str, second: Tensor
-) -> None:
+def _check_pair(op: str, first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
     for name, feature in ((first_name, first), (second_name, second)):
         check_floating(op, name, feature)
         check_shape(op, name, feature, 4, "[N, C, H, W] feature map")

@@ -6,13 +6,16 @@ Half types are computed in float32.
 
 from kdfast.ops.reference.attention import EPS, attention_loss, attention_map, match_size
 from kdfast.ops.reference.fsp import fsp_loss, fsp_matrix, pool_to
+from kdfast.ops.reference.transnet import SCALE_EPS, gated_relu
 
 __all__ = [
     "EPS",
+    "SCALE_EPS",
     "attention_loss",
     "attention_map",
     "fsp_loss",
     "fsp_matrix",
+    "gated_relu",
     "match_size",
     "pool_to",
 ]
