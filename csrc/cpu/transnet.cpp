@@ -16,6 +16,14 @@ constexpr int64_t kGrain = 32768;                   // elements that are worth a
 constexpr int64_t kChannels = 128;                  // of a channels_last group
 constexpr int64_t kBlock = 64;  // positions summed before they join the sum, for accuracy
 
+// value where `condition`, else 0; by masks, because a branch would stop the vectoriser.
+KD_HD float kept(bool condition, float value) {
+  return bits_as<float>(bits_as<uint32_t>(value) & (0u - uint32_t(condition)));
+}
+KD_HD double kept(bool condition, double value) {
+  return bits_as<double>(bits_as<uint64_t>(value) & (uint64_t(0) - uint64_t(condition)));
+}
+
 template <typename A>
 KD_HD A lane_sum(const A* lane) {
   return (((lane[0] + lane[8]) + (lane[4] + lane[12])) +
@@ -109,14 +117,14 @@ KD_CLONES A slope_row(const T* __restrict__ grad, const T* __restrict__ hidden, 
   for (; i + 16 <= count; i += 16) {
     for (int k = 0; k < 16; ++k) {
       const A g = A(widen(grad[i + k])), h = A(widen(hidden[i + k]));
-      out[i + k] = narrow_to<T>(h > 0 ? factor * g : A(0));
-      lane[k] += g * rectified(h);
+      out[i + k] = narrow_to<T>(kept(h > 0, factor * g));
+      lane[k] += g * kept(!(h < 0), h);
     }
   }
   for (int k = 0; i < count; ++i, ++k) {
     const A g = A(widen(grad[i])), h = A(widen(hidden[i]));
-    out[i] = narrow_to<T>(h > 0 ? factor * g : A(0));
-    lane[k] += g * rectified(h);
+    out[i] = narrow_to<T>(kept(h > 0, factor * g));
+    lane[k] += g * kept(!(h < 0), h);
   }
   return lane_sum(lane);
 }
@@ -127,8 +135,8 @@ KD_CLONES void slope_columns(const T* __restrict__ grad, const T* __restrict__ h
                              A* __restrict__ sum) {
   for (int64_t i = 0; i < count; ++i) {
     const A g = A(widen(grad[i])), h = A(widen(hidden[i]));
-    out[i] = narrow_to<T>(h > 0 ? factor[i] * g : A(0));
-    sum[i] += g * rectified(h);
+    out[i] = narrow_to<T>(kept(h > 0, factor[i] * g));
+    sum[i] += g * kept(!(h < 0), h);
   }
 }
 
