@@ -23,7 +23,6 @@ from kdfast.methods import (
     method_names,
     methods_table,
 )
-from kdfast.methods.fsp import fsp_matrix
 from kdfast.models import Taps, create_model
 from kdfast.training.flags import (
     data_flags,
@@ -126,7 +125,7 @@ def test_attention_sums_over_stages():
 @pytest.mark.parametrize("pool", ["avg", "max"])
 def test_fsp_of_constant_maps(pool):
     a, b = torch.full((2, 3, 8, 8), 1.5), torch.full((2, 5, 4, 4), -2.0)
-    assert torch.allclose(fsp_matrix(a, b, pool), torch.full((2, 3, 5), -3.0))
+    assert torch.allclose(ops.fsp_matrix(a, b, pool), torch.full((2, 3, 5), -3.0))
     loss = term("fsp", (None, (a, b)), (None, (2 * a, b)), pool=pool)
     assert loss.item() == pytest.approx((-3.0 + 6.0) ** 2)
 
@@ -134,20 +133,20 @@ def test_fsp_of_constant_maps(pool):
 def test_fsp_by_hand():
     first = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
     second, other = (torch.tensor([3.0, x]).view(1, 2, 1, 1) for x in (4.0, 5.0))
-    assert fsp_matrix(first, second)[0].tolist() == [[3, 4], [6, 8]]
+    assert ops.fsp_matrix(first, second)[0].tolist() == [[3, 4], [6, 8]]
     assert term("fsp", (None, (first, second)), (None, (first, other))).item() == pytest.approx(
         1.25
     )
     ramp, ones = torch.arange(16.0).view(1, 1, 4, 4), torch.ones(1, 1, 2, 2)
-    assert fsp_matrix(ramp, ones, "avg").item() == 7.5
-    assert fsp_matrix(ramp, ones, "max").item() == 10.0
+    assert ops.fsp_matrix(ramp, ones, "avg").item() == 7.5
+    assert ops.fsp_matrix(ramp, ones, "max").item() == 10.0
 
 
 def test_fsp_against_the_broadcast_form():
     first, second = torch.randn(3, 4, 10, 6).double(), torch.randn(3, 7, 5, 3).double()
     pooled = F.adaptive_avg_pool2d(first, (5, 3))
     broadcast = (pooled[:, :, None] * second[:, None]).mean((-2, -1))
-    assert torch.allclose(fsp_matrix(first, second), broadcast, atol=1e-12)
+    assert torch.allclose(ops.fsp_matrix(first, second), broadcast, atol=1e-12)
 
 
 def test_fsp_refuses_unequal_channels():

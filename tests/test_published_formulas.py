@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdfast.methods import Outputs, find_method, methods_table
-from kdfast.methods.fsp import fsp_matrix
 from kdfast.models import create_model
+from kdfast.ops import fsp_matrix
 from kdfast.training.objective import Objective
 
 from conftest import ROOT, load_script  # isort: skip

@@ -4,24 +4,10 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from torch.nn import functional as F
 
+from kdfast import ops
 from kdfast.errors import UsageError
 from kdfast.methods.base import Method, Option, Outputs, Pairing, method
-
-
-def fsp_matrix(first: torch.Tensor, second: torch.Tensor, pool: str = "avg") -> torch.Tensor:
-    """G[b, i, j] = (1 / (h * w)) * sum_xy F1[b, i, x, y] * F2[b, j, x, y].
-
-    `first` [B, M, H, W] is pooled (`pool` avg or max) to the size of `second` [B, N, h, w].
-    Returns [B, M, N], float32 (float64 for float64). Yim et al., CVPR 2017, eq. 1.
-    """
-    first, second = (f if f.dtype == torch.float64 else f.float() for f in (first, second))
-    size = second.shape[-2:]
-    if first.shape[-2:] != size:
-        reduce = F.adaptive_avg_pool2d if pool == "avg" else F.adaptive_max_pool2d
-        first = reduce(first, size)
-    return first.flatten(2) @ second.flatten(2).mT / size.numel()
 
 
 @method("fsp")
@@ -67,8 +53,5 @@ class FlowOfSolution(Method):
                 )
 
     def forward(self, student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:
-        grams = (
-            [fsp_matrix(a, b, self.pool) for a, b in pairwise(net.features)]
-            for net in (student, teacher)
-        )
-        return sum(F.mse_loss(s, t) for s, t in zip(*grams, strict=True))
+        pairs = (list(pairwise(net.features)) for net in (student, teacher))
+        return ops.fsp_loss(*pairs, self.pool)

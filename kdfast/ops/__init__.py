@@ -7,13 +7,10 @@ from kdfast.ops import reference
 from kdfast.ops._key import Key
 from kdfast.ops._library import active, use
 from kdfast.ops.attention import attention_loss, attention_map
-from kdfast.ops.contrast import (
-    contrastive_constants,
-    contrastive_loss,
-    contrastive_update_,
-    draw_negatives,
-)
+from kdfast.ops.contrast import contrastive_constants, contrastive_loss, contrastive_update_, draw_negatives
+from kdfast.ops.fsp import fsp_loss, fsp_matrix
 from kdfast.ops.split import SplitMask, split_conv2d
+from kdfast.ops.transnet import gated_relu
 
 __all__ = [
     "Key",
@@ -25,6 +22,9 @@ __all__ = [
     "contrastive_loss",
     "contrastive_update_",
     "draw_negatives",
+    "fsp_loss",
+    "fsp_matrix",
+    "gated_relu",
     "reference",
     "split_conv2d",
     "use",
