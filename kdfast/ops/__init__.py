@@ -7,7 +7,12 @@ from kdfast.ops import reference
 from kdfast.ops._key import Key
 from kdfast.ops._library import active, use
 from kdfast.ops.attention import attention_loss, attention_map
-from kdfast.ops.contrast import contrastive_constants, contrastive_loss, contrastive_update_, draw_negatives
+from kdfast.ops.contrast import (
+    contrastive_constants,
+    contrastive_loss,
+    contrastive_update_,
+    draw_negatives,
+)
 from kdfast.ops.fsp import fsp_loss, fsp_matrix
 from kdfast.ops.split import SplitMask, split_conv2d
 from kdfast.ops.transnet import gated_relu

@@ -5,7 +5,12 @@ Half types are computed in float32.
 """
 
 from kdfast.ops.reference.attention import EPS, attention_loss, attention_map, match_size
-from kdfast.ops.reference.contrast import contrastive_constants, contrastive_loss, contrastive_update_, draw_negatives
+from kdfast.ops.reference.contrast import (
+    contrastive_constants,
+    contrastive_loss,
+    contrastive_update_,
+    draw_negatives,
+)
 from kdfast.ops.reference.fsp import fsp_loss, fsp_matrix, pool_to
 from kdfast.ops.reference.split import split_conv2d
 from kdfast.ops.reference.transnet import SCALE_EPS, gated_relu
