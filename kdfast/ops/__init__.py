@@ -7,5 +7,16 @@ from kdfast.ops import reference
 from kdfast.ops._key import Key
 from kdfast.ops._library import active, use
 from kdfast.ops.attention import attention_loss, attention_map
+from kdfast.ops.logits import cohort_loss, distillation_loss, soft_target_loss
 
-__all__ = ["Key", "active", "attention_loss", "attention_map", "reference", "use"]
+__all__ = [
+    "Key",
+    "active",
+    "attention_loss",
+    "attention_map",
+    "cohort_loss",
+    "distillation_loss",
+    "reference",
+    "soft_target_loss",
+    "use",
+]

@@ -5,5 +5,14 @@ Half types are computed in float32.
 """
 
 from kdfast.ops.reference.attention import EPS, attention_loss, attention_map, match_size
+from kdfast.ops.reference.logits import cohort_loss, distillation_loss, soft_target_loss
 
-__all__ = ["EPS", "attention_loss", "attention_map", "match_size"]
+__all__ = [
+    "EPS",
+    "attention_loss",
+    "attention_map",
+    "cohort_loss",
+    "distillation_loss",
+    "match_size",
+    "soft_target_loss",
+]
