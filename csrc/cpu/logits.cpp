@@ -56,9 +56,10 @@ KD_CLONES A load_row(const T* __restrict__ from, int64_t count, int64_t padded,
       lane[k] = last[k] > lane[k] ? last[k] : lane[k];
     }
   }
-  A largest = lane[0];
-  for (int k = 1; k < kLanes; ++k) largest = lane[k] > largest ? lane[k] : largest;
-  return largest;
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) lane[k] = lane[k + half] > lane[k] ? lane[k + half] : lane[k];
+  }
+  return lane[0];
 }
 
 // e = exp((z - largest) * inverse); returns its sum.
@@ -391,7 +392,7 @@ std::tuple<Tensor, Tensor, Tensor> distillation_loss(Tensor student_logits, Tens
                indices[row], " of row ", row, " is not one of ", task.classes, " classes");
     }
   }
-  Tensor loss = empty_on(task.student, {}, accumulate_type(task.student));
+  Tensor loss = new_dense(task.student, {}, accumulate_type(task.student));
   const std::unique_ptr<double[]> losses(new double[task.rows]);
   with_accumulator(task.student, [&](auto zero) {
     using A = decltype(zero);
@@ -415,8 +416,8 @@ KD_CLONES void scale(const T* __restrict__ from, int64_t count, A factor, T* __r
   for (int64_t i = 0; i < count; ++i) to[i] = narrow_to<T>(factor * A(widen(from[i])));
 }
 
-Tensor distillation_loss_backward(Tensor grad, Tensor slope, double unit) {
-  const Tensor dense = torch::stable::contiguous(slope);
+Tensor distillation_loss_backward(Tensor grad, Tensor slope, Tensor, double unit) {
+  const Tensor dense = contiguous_rows(slope);
   Tensor gradient = torch::stable::empty_like(dense);
   with_accumulator(grad, [&](auto zero) {
     using A = decltype(zero);

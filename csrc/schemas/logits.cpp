@@ -13,6 +13,8 @@ KD_SCHEMAS(m) {
         " float[] alpha, float gamma, float temperature, float label_smoothing, float unit,"
         " bool student_gradient, bool teacher_gradient)"
         " -> (Tensor loss, Tensor student_slope, Tensor teacher_slope)");
-  // slope * grad * unit / N, grad the gradient of the loss, N the last but one size of slope.
-  m.def("distillation_loss_backward(Tensor grad, Tensor slope, float unit) -> Tensor");
+  // slope * grad * unit / N, grad the gradient of the loss, N the last but one size of slope. The
+  // logits are not read: they tie the result to the graph.
+  m.def("distillation_loss_backward(Tensor grad, Tensor slope, Tensor logits, float unit)"
+        " -> Tensor");
 }

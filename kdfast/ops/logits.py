@@ -6,6 +6,7 @@ Asadian, Salehi-Abari, "Distilling Knowledge via Intermediate Classifiers", 2021
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from kdfast.ops import _library, reference
 from kdfast.ops._checks import (
+    DTYPES,
     check_device,
     check_floating,
     check_shape,
@@ -46,8 +48,7 @@ def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, temperature
     Source: the paper's section 2. d/dz_s = (T / N) (p_s - p_t); T^2 makes it comparable across T.
     """
     op = "soft_target_loss"
-    _check_logits(op, student_logits, "teacher_logits", teacher_logits)
-    _check_temperature(op, temperature)
+    _check(op, student_logits, "teacher_logits", teacher_logits, 2, temperature)
     if not _library.fused(op, student_logits.device):
         return reference.soft_target_loss(student_logits, teacher_logits, temperature)
     return _fused(student_logits, teacher_logits, None, [1.0], 0.0, temperature, 0.0)
@@ -81,8 +82,7 @@ def distillation_loss(
         NotImplementedError: when differentiated twice.
     """
     op = "distillation_loss"
-    _check_logits(op, student_logits, "teacher_logits", teacher_logits)
-    _check_temperature(op, temperature)
+    _check(op, student_logits, "teacher_logits", teacher_logits, 2, temperature)
     _check_labels(op, student_logits, labels)
     gamma = 1 - alpha if gamma is None else gamma
     if not (math.isfinite(alpha) and math.isfinite(gamma)):
@@ -130,8 +130,7 @@ def cohort_loss(
     soft target losses against the members' mean softened distribution.
     """
     op = "cohort_loss"
-    _check_logits(op, student_logits, "cohort_logits", cohort_logits, 3)
-    _check_temperature(op, temperature)
+    _check(op, student_logits, "cohort_logits", cohort_logits, 3, temperature)
     _check_labels(op, student_logits, labels)
     alphas = _alphas(op, alpha, cohort_logits.shape[0])
     if reduction not in ("sum", "mean"):
@@ -165,24 +164,36 @@ def _fused(
         student, teacher = student.to(dtype), teacher.to(dtype)
     if labels is not None and labels.dtype != torch.int64:
         labels = labels.to(compute_dtype(student))
-    grad = torch.is_grad_enabled()
     # Slopes of the student are at most 16 units: in float16 they neither overflow nor get lost.
     unit = (abs(gamma) + temperature * math.fsum(map(abs, alpha))) / 16 or 1.0
-    return torch.ops.kdfast.distillation_loss.default(
-        student,
-        teacher,
-        labels,
-        alpha,
-        gamma,
-        temperature,
-        label_smoothing,
-        unit,
-        grad and student.requires_grad,
-        grad and teacher.requires_grad,
-    )[0]
+    weights = (alpha, gamma, temperature, label_smoothing, unit)
+    grad = torch.is_grad_enabled()
+    wanted = (grad and student.requires_grad, grad and teacher.requires_grad)
+    if torch.compiler.is_compiling() or not any(wanted):
+        return _FORWARD(student, teacher, labels, *weights, *wanted)[0]
+    return _Loss.apply(student, teacher, labels, weights, wanted)
 
 
-def _check_logits(op: str, student: Tensor, name: str, teacher: Tensor, rank: int = 2) -> None:
+def _check(
+    op: str, student: Tensor, name: str, teacher: Tensor, rank: int, temperature: float
+) -> None:
+    # One condition: on small batches, explained checks would be a good part of the time.
+    if not (
+        isinstance(student, Tensor)
+        and isinstance(teacher, Tensor)
+        and student.dtype in DTYPES
+        and teacher.dtype in DTYPES
+        and len(shape := teacher.shape) == rank
+        and student.shape == (shape if rank == 2 else shape[1:])
+        and 0 not in shape
+        and student.device == teacher.device
+    ):
+        _explain(op, student, name, teacher, rank)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
+
+
+def _explain(op: str, student: Tensor, name: str, teacher: Tensor, rank: int) -> None:
     check_floating(op, "student_logits", student)
     check_floating(op, name, teacher)
     check_shape(op, "student_logits", student, 2, "[N, C] matrix of logits")
@@ -200,7 +211,7 @@ def _check_labels(op: str, student: Tensor, labels: Tensor) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"{op}: labels must be a tensor, got {type(labels).__name__}")
     if labels.dtype == torch.int64:
-        if labels.shape != student.shape[:1]:
+        if labels.dim() != 1 or labels.shape[0] != student.shape[0]:
             raise ValueError(
                 f"{op}: labels must be [N] class indices, got shape {list(labels.shape)} "
                 f"for {student.shape[0]} rows of logits"
@@ -230,11 +241,6 @@ def _check_classes(op: str, student: Tensor, labels: Tensor) -> None:
                 f"{op}: labels must be below {student.shape[1]} classes and not negative, "
                 f"got {labels[row]} at index {row}"
             )
-
-
-def _check_temperature(op: str, temperature: float) -> None:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
 
 
 def _alphas(op: str, alpha: float | Sequence[float] | Tensor, members: int) -> list[float]:
@@ -280,28 +286,35 @@ def _fake(
     return loss, *slopes
 
 
-def _backward_fake(grad: Tensor, slope: Tensor, unit: float) -> Tensor:
+def _backward_fake(grad: Tensor, slope: Tensor, logits: Tensor, unit: float) -> Tensor:
     return slope.new_empty(slope.shape)
 
 
 # Autograd. The forward has read all logits and taken every exp, and leaves the wanted gradients
-# behind, but for a factor; nothing else is kept.
+# behind, but for a factor. Logits are kept for the graph only: a second derivative must be refused,
+# and a slope alone would pass for a constant.
+
+
+def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    logits_and_slopes = iter(ctx.saved_tensors)
+    return [
+        _BACKWARD(grad, next(logits_and_slopes), next(logits_and_slopes), ctx.unit)
+        if wanted
+        else None
+        for wanted in ctx.wanted
+    ]
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *_, ctx.unit, ctx.student, ctx.teacher = inputs
-    ctx.save_for_backward(*output[1:])
+    ctx.unit, *ctx.wanted = inputs[-3:]
+    kept = [(output[i + 1], inputs[i]) for i, wanted in enumerate(ctx.wanted) if wanted]
+    ctx.save_for_backward(*(tensor for pair in kept for tensor in pair))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_slopes: None) -> tuple:
-    gradients: list[Tensor | None] = [None, None]
-    if grad is not None:
-        backward = torch.ops.kdfast.distillation_loss_backward.default
-        for i, slope in enumerate(ctx.saved_tensors):
-            if ctx.needs_input_grad[i] and (ctx.student, ctx.teacher)[i]:
-                gradients[i] = backward(grad, slope, ctx.unit)
+    gradients = [None, None] if grad is None else _gradients(ctx, grad)
     return *gradients, None, None, None, None, None, None, None, None
 
 
@@ -311,3 +324,32 @@ register(
     _backward_fake,
     once("soft_target_loss, distillation_loss or cohort_loss"),
 )
+if _library.NO_EXTENSION is None:
+    _FORWARD = torch.ops.kdfast.distillation_loss.default
+    _BACKWARD = torch.ops.kdfast.distillation_loss_backward.default
+# Skips autograd's part of a call, which would only find that there is nothing to do.
+_BELOW_AUTOGRAD = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+
+
+class _Loss(torch.autograd.Function):
+    """The registered formula without the wrapper around it, which doubles the time of a call."""
+
+    @staticmethod
+    def forward(ctx: Any, student, teacher, labels, weights: tuple, wanted: tuple) -> Tensor:
+        with _BELOW_AUTOGRAD():
+            loss, *slopes = _FORWARD(student, teacher, labels, *weights, *wanted)
+        ctx.unit, ctx.wanted = weights[-1], wanted
+        if wanted == (True, False):
+            ctx.save_for_backward(slopes[0], student)
+        elif wanted == (False, True):
+            ctx.save_for_backward(slopes[1], teacher)
+        else:
+            ctx.save_for_backward(slopes[0], student, slopes[1], teacher)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        if torch.is_grad_enabled():  # create_graph
+            return *_gradients(ctx, grad), None, None, None
+        with _BELOW_AUTOGRAD():
+            return *_gradients(ctx, grad), None, None, None
