@@ -188,7 +188,7 @@ KD_CLONES void student_slope_row(const A* hard, const A* soft, const A* target, 
   }
 }
 
-// out = weight * e * (d_t - d_s - mean).
+// out = weight * e * (d_t - d_s - mean); 0 where e is, though the student may have -inf there.
 template <typename A, typename T>
 KD_CLONES void teacher_slope_row(const A* __restrict__ e, const A* __restrict__ t,
                                  const A* __restrict__ s, int64_t count, A t_largest, A s_largest,
@@ -196,7 +196,7 @@ KD_CLONES void teacher_slope_row(const A* __restrict__ e, const A* __restrict__ 
   for (int64_t i = 0; i < count; ++i) {
     const A x = e[i];
     const A slope = weight * x * (((t[i] - t_largest) - (s[i] - s_largest)) - mean);
-    out[i] = narrow_to<T>(choose(x == A(0), A(0), slope));
+    out[i] = narrow_to<T>(choose(x == A(0), weight * x, slope));
   }
 }
 

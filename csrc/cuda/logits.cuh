@@ -241,7 +241,8 @@ __device__ __forceinline__ void logits_row(const LogitsTable& table, int64_t row
           const A d = A(widen(theirs.element[v])) - member.largest;
           e = exp_scaled(d, scale);
           slopes[v] -= member.weight * e;
-          own_slope = e == A(0) ? A(0) : member.weight * inverse * e * ((d - own[v]) - member.mean);
+          own_slope = member.weight * inverse * e;
+          if (e != A(0)) own_slope *= (d - own[v]) - member.mean;
         }
         narrow(own_slope, theirs.element[v]);
       }

@@ -142,7 +142,7 @@ def cohort_loss(
                 student_logits, cohort_logits, labels, alphas, temperature, reduction
             )
         share = 1 / len(kept) if reduction == "mean" else 1.0
-        gamma = share * (len(kept) - math.fsum(kept))
+        gamma = share * sum(1 - a for a in kept)
         weights = [share * a for a in alphas]
         return _fused(student_logits, cohort_logits, labels, weights, gamma, temperature, 0.0)
     except RuntimeError:
@@ -165,7 +165,7 @@ def _fused(
     if labels is not None and labels.dtype != torch.int64:
         labels = labels.to(compute_dtype(student))
     # Slopes of the student are at most 16 units: in float16 they neither overflow nor get lost.
-    unit = (abs(gamma) + temperature * math.fsum(map(abs, alpha))) / 16 or 1.0
+    unit = (abs(gamma) + temperature * sum(abs(a) for a in alpha)) / 16 or 1.0
     weights = (alpha, gamma, temperature, label_smoothing, unit)
     grad = torch.is_grad_enabled()
     wanted = (grad and student.requires_grad, grad and teacher.requires_grad)
