@@ -50,7 +50,8 @@ struct LogitsTask {
         classes(student.size(1)),
         storage(storage_of(op, student)),
         weights{gamma, temperature, label_smoothing, unit, int64_t(alpha.size()), {}} {
-    KD_CHECK(rows > 0 && classes > 0, op, ": expected non-empty logits");
+    KD_CHECK(rows > 0 && classes > 0 && classes < (int64_t(1) << 30), op,
+             ": expected non-empty logits of less than 2^30 classes");
     KD_CHECK(weights.members >= 1 && weights.members <= kMaxMembers, op, ": expected 1 to ",
              kMaxMembers, " weights alpha, got ", weights.members);
     KD_CHECK(teacher.scalar_type() == student.scalar_type(), op, ": expected one dtype");

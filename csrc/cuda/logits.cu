@@ -68,6 +68,8 @@ std::tuple<Tensor, Tensor, Tensor> distillation_loss(Tensor student_logits, Tens
     table.packs = task.classes % kVector<T> == 0 && addresses % 16 == 0;
     if (task.classes <= kWarpClasses) {
       launch_rows<A, T, 32>(table, device);
+    } else if constexpr (sizeof(A) == sizeof(double)) {
+      launch_rows<A, T, 256>(table, device);  // 1024 threads have too few registers for doubles
     } else if (task.classes <= kBlockClasses) {
       launch_rows<A, T, 256>(table, device);
     } else {

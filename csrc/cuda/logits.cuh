@@ -25,6 +25,9 @@ template <int G>
 constexpr int kRowBlock = G == 32 ? 256 : G;
 template <int G>
 constexpr int kRowsPerBlock = kRowBlock<G> / G;
+// Blocks a multiprocessor must hold: 4 of 256 threads leave each 64 registers, 3 leave 80.
+template <typename A, int G>
+constexpr int kRowBlocks = G == 1024 ? 1 : sizeof(A) == sizeof(double) ? 2 : G == 32 ? 4 : 3;
 
 struct LogitsTable {
   const void* student;         // [rows, classes]
@@ -88,26 +91,26 @@ __device__ __forceinline__ A row_max(A value, A* scratch) {
   return value;
 }
 
-// Calls f(index, x) for this thread's elements of a row.
+// Calls f(x) for this thread's elements of a row.
 template <typename A, typename T, int V, int G, typename F>
-__device__ __forceinline__ void for_row(const T* row, int64_t classes, const F& f) {
-#pragma unroll 4
-  for (int64_t i = int64_t(threadIdx.x % G) * V; i < classes; i += G * V) {
+__device__ __forceinline__ void for_row(const T* row, int classes, const F& f) {
+#pragma unroll(G == 1024 ? 1 : 4)
+  for (int i = int(threadIdx.x % G) * V; i < classes; i += G * V) {
     const Pack<T, V> pack = load_pack<T, V>(row + i);
 #pragma unroll
-    for (int v = 0; v < V; ++v) f(i + v, A(widen(pack.element[v])));
+    for (int v = 0; v < V; ++v) f(A(widen(pack.element[v])));
   }
 }
 
-// Calls f(index, x, y) for this thread's elements of two rows.
+// Calls f(x, y) for this thread's elements of two rows.
 template <typename A, typename T, int V, int G, typename F>
-__device__ __forceinline__ void for_rows(const T* first, const T* second, int64_t classes,
+__device__ __forceinline__ void for_rows(const T* first, const T* second, int classes,
                                          const F& f) {
-#pragma unroll 2
-  for (int64_t i = int64_t(threadIdx.x % G) * V; i < classes; i += G * V) {
+#pragma unroll(G == 1024 ? 1 : 2)
+  for (int i = int(threadIdx.x % G) * V; i < classes; i += G * V) {
     const Pack<T, V> a = load_pack<T, V>(first + i), b = load_pack<T, V>(second + i);
 #pragma unroll
-    for (int v = 0; v < V; ++v) f(i + v, A(widen(a.element[v])), A(widen(b.element[v])));
+    for (int v = 0; v < V; ++v) f(A(widen(a.element[v])), A(widen(b.element[v])));
   }
 }
 
@@ -117,9 +120,9 @@ template <typename A, typename T, int V, int G>
 __device__ __forceinline__ void logits_row(const LogitsTable& table, int64_t row, bool active,
                                            MemberRow<A>* members, double (*sums_scratch)[3 * 32],
                                            A (*max_scratch)[32]) {
-  const int64_t classes = table.classes;
+  const int classes = int(table.classes);
   const LogitsWeights& weights = table.weights;
-  const T* s = static_cast<const T*>(table.student) + row * classes;
+  const T* s = static_cast<const T*>(table.student) + row * table.classes;
   const A lowest = -A(INFINITY);
   const A scale = A(1.4426950408889634 / weights.temperature), hard_scale = A(1.4426950408889634);
   const A inverse = A(1 / weights.temperature);
@@ -127,12 +130,12 @@ __device__ __forceinline__ void logits_row(const LogitsTable& table, int64_t row
   const bool first_lane = threadIdx.x % G == 0;
 
   A largest = lowest;
-  for_row<A, T, V, G>(s, classes, [&](int64_t, A x) { largest = x > largest ? x : largest; });
+  for_row<A, T, V, G>(s, classes, [&](A x) { largest = x > largest ? x : largest; });
   largest = row_max<G>(largest, max_scratch[0]);
 
   // Sums of exp(d) and exp(d / T), and of d where labels are smoothed.
   A hard_part = 0, soft_part = 0, all_part = 0;
-  for_row<A, T, V, G>(s, classes, [&](int64_t, A x) {
+  for_row<A, T, V, G>(s, classes, [&](A x) {
     const A d = x - largest;
     if (hard) hard_part += exp_scaled(d, hard_scale);
     if (soft) soft_part += exp_scaled(d, scale);
@@ -143,19 +146,20 @@ __device__ __forceinline__ void logits_row(const LogitsTable& table, int64_t row
   const double hard_sum = hard ? sums[0] : 1, soft_sum = soft ? sums[1] : 1;
 
   double loss = 0, label_total = 0;
-  int64_t label = -1;
+  int label = -1;
   const A* probabilities = nullptr;
   if (hard) {
     LabelSums labels{1, 0, sums[2]};
     if (table.indices) {
-      label = table.indices[row];
-      const bool known = label >= 0 && label < classes;
+      const int64_t index = table.indices[row];
+      const bool known = index >= 0 && index < classes;
+      if (known) label = int(index);
       labels.along = known ? double(A(widen(s[label])) - largest) : double(NAN);
       labels.total = known ? 1 : double(NAN);  // also makes the slopes NaN
     } else {
-      probabilities = static_cast<const A*>(table.probabilities) + row * classes;
+      probabilities = static_cast<const A*>(table.probabilities) + row * table.classes;
       double parts[2] = {0, 0};
-      for (int64_t i = threadIdx.x % G; i < classes; i += G) {
+      for (int i = threadIdx.x % G; i < classes; i += G) {
         const A y = probabilities[i];
         parts[0] += double(y);
         if (y != A(0)) parts[1] += double(y) * double(A(widen(s[i])) - largest);
@@ -168,18 +172,22 @@ __device__ __forceinline__ void logits_row(const LogitsTable& table, int64_t row
     loss = weights.gamma * cross_entropy(labels, log(hard_sum), weights.smoothing, classes);
   }
 
-  for (int64_t j = 0; j < weights.members; ++j) {
+  const StudentSlope<A> slope = student_slope<A>(weights, soft ? weights.sum() : 0, hard_sum,
+                                                 soft_sum, label_total, classes);
+
+  const int member_count = int(weights.members);
+  for (int j = 0; j < member_count; ++j) {
     // The table is the same for the whole block, so barriers are met by all.
     if (weights.alpha[j] == 0) {
       if (first_lane) members[j] = {A(0), A(0), A(0)};
       continue;
     }
-    const T* t = static_cast<const T*>(table.teacher) + (j * table.rows + row) * classes;
+    const T* t = static_cast<const T*>(table.teacher) + (j * table.rows + row) * table.classes;
     A top = lowest;
-    for_row<A, T, V, G>(t, classes, [&](int64_t, A x) { top = x > top ? x : top; });
+    for_row<A, T, V, G>(t, classes, [&](A x) { top = x > top ? x : top; });
     top = row_max<G>(top, max_scratch[1]);
     A sum_part = 0, cross_part = 0;
-    for_rows<A, T, V, G>(t, s, classes, [&](int64_t, A x, A y) {
+    for_rows<A, T, V, G>(t, s, classes, [&](A x, A y) {
       const A d = x - top, e = exp_scaled(d, scale);
       sum_part += e;
       cross_part += e == A(0) ? A(0) : e * (d - (y - largest));
@@ -192,7 +200,7 @@ __device__ __forceinline__ void logits_row(const LogitsTable& table, int64_t row
     if (needs_excess(value, classes)) {
       const A middle = A(mean), level = A(exp(mean / weights.temperature));
       A part = 0;
-      for_rows<A, T, V, G>(t, s, classes, [&](int64_t, A x, A y) {
+      for_rows<A, T, V, G>(t, s, classes, [&](A x, A y) {
         const A d = x - top, own = y - largest;
         part += excess(exp_scaled(d, scale), exp_scaled(own, scale),
                        ((d - own) - middle) * inverse, level);
@@ -209,11 +217,9 @@ __device__ __forceinline__ void logits_row(const LogitsTable& table, int64_t row
   __syncthreads();  // members
   if (!active) return;
 
-  const StudentSlope<A> slope = student_slope<A>(weights, soft ? weights.sum() : 0, hard_sum,
-                                                 soft_sum, label_total, classes);
   T* out = static_cast<T*>(table.student_slope);
   T* teacher_out = static_cast<T*>(table.teacher_slope);
-  for (int64_t i = int64_t(threadIdx.x % G) * V; i < classes; i += G * V) {
+  for (int i = int(threadIdx.x % G) * V; i < classes; i += G * V) {
     const Pack<T, V> pack = load_pack<T, V>(s + i);
     A own[V], slopes[V];
 #pragma unroll
@@ -228,9 +234,9 @@ __device__ __forceinline__ void logits_row(const LogitsTable& table, int64_t row
 #pragma unroll
       for (int v = 0; v < V; ++v) slopes[v] -= slope.label * probabilities[i + v];
     }
-    for (int64_t j = 0; j < weights.members; ++j) {
+    for (int j = 0; j < member_count; ++j) {
       const MemberRow<A> member = members[j];
-      const int64_t offset = (j * table.rows + row) * classes + i;
+      const int64_t offset = (j * table.rows + row) * table.classes + i;
       Pack<T, V> theirs = {};
       const bool kept = weights.alpha[j] != 0;
       if (kept) theirs = load_pack<T, V>(static_cast<const T*>(table.teacher) + offset);
@@ -252,13 +258,13 @@ __device__ __forceinline__ void logits_row(const LogitsTable& table, int64_t row
       Pack<T, V> result;
 #pragma unroll
       for (int v = 0; v < V; ++v) narrow(slopes[v], result.element[v]);
-      store_pack(out + row * classes + i, result);
+      store_pack(out + row * table.classes + i, result);
     }
   }
 }
 
 template <typename A, typename T, int G>
-__global__ void __launch_bounds__(kRowBlock<G>)
+__global__ void __launch_bounds__(kRowBlock<G>, kRowBlocks<A, G>)
     logits_rows(const __grid_constant__ LogitsTable table) {
   DYNAMIC_SHARED(MemberRow<A>, members);
   __shared__ double sums_scratch[2][3 * 32];
@@ -268,8 +274,9 @@ __global__ void __launch_bounds__(kRowBlock<G>)
   const bool active = own < table.rows;
   const int64_t row = active ? own : table.rows - 1;
   MemberRow<A>* mine = members + slot * table.weights.members;
-  if (table.packs) {
-    logits_row<A, T, kVector<T>, G>(table, row, active, mine, sums_scratch, max_scratch);
+  // In a warp's short row 16 bytes a lane would leave lanes idle.
+  if (G > 32 && table.packs) {
+    logits_row<A, T, G == 32 ? 1 : kVector<T>, G>(table, row, active, mine, sums_scratch, max_scratch);
   } else {
     logits_row<A, T, 1, G>(table, row, active, mine, sums_scratch, max_scratch);
   }
