@@ -3,8 +3,8 @@
 from typing import ClassVar
 
 import torch
-from torch.nn import functional as F
 
+from kdfast import ops
 from kdfast.methods.base import Method, Option, Outputs, method
 
 
@@ -49,7 +49,4 @@ class SoftTargets(Method):
     }
 
     def forward(self, student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:
-        log_student = F.log_softmax(student.logits / self.temperature, dim=1)
-        log_teacher = F.log_softmax(teacher.logits / self.temperature, dim=1)
-        divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-        return self.temperature * self.temperature * divergence
+        return ops.soft_target_loss(student.logits, teacher.logits, self.temperature)

@@ -14,6 +14,7 @@ from kdfast.ops.contrast import (
     draw_negatives,
 )
 from kdfast.ops.fsp import fsp_loss, fsp_matrix
+from kdfast.ops.logits import cohort_loss, distillation_loss, soft_target_loss
 from kdfast.ops.split import SplitMask, split_conv2d
 from kdfast.ops.transnet import gated_relu
 
@@ -23,14 +24,17 @@ __all__ = [
     "active",
     "attention_loss",
     "attention_map",
+    "cohort_loss",
     "contrastive_constants",
     "contrastive_loss",
     "contrastive_update_",
+    "distillation_loss",
     "draw_negatives",
     "fsp_loss",
     "fsp_matrix",
     "gated_relu",
     "reference",
+    "soft_target_loss",
     "split_conv2d",
     "use",
 ]

@@ -12,6 +12,7 @@ from kdfast.ops.reference.contrast import (
     draw_negatives,
 )
 from kdfast.ops.reference.fsp import fsp_loss, fsp_matrix, pool_to
+from kdfast.ops.reference.logits import cohort_loss, distillation_loss, soft_target_loss
 from kdfast.ops.reference.split import split_conv2d
 from kdfast.ops.reference.transnet import SCALE_EPS, gated_relu
 
@@ -20,14 +21,17 @@ __all__ = [
     "SCALE_EPS",
     "attention_loss",
     "attention_map",
+    "cohort_loss",
     "contrastive_constants",
     "contrastive_loss",
     "contrastive_update_",
+    "distillation_loss",
     "draw_negatives",
     "fsp_loss",
     "fsp_matrix",
     "gated_relu",
     "match_size",
     "pool_to",
+    "soft_target_loss",
     "split_conv2d",
 ]
