@@ -15,7 +15,8 @@ from kdfast.ops.contrast import (
 )
 from kdfast.ops.fsp import fsp_loss, fsp_matrix
 from kdfast.ops.logits import cohort_loss, distillation_loss, soft_target_loss
-from kdfast.ops.split import SplitMask, split_conv2d
+from kdfast.ops.split import split_conv2d
+from kdfast.ops.split_mask import SplitMask
 from kdfast.ops.transnet import gated_relu
 
 __all__ = [

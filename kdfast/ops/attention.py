@@ -21,6 +21,7 @@ from kdfast.ops._checks import (
     once,
     register,
 )
+from kdfast.ops._layout import gradient_like
 
 
 def attention_map(feature: Tensor, power: float = 2.0) -> Tensor:
@@ -126,23 +127,6 @@ def _check_power(op: str, power: float) -> None:
 # Fakes: sizes, dtypes and layouts of what csrc returns.
 
 
-def _gradient_like(feature: Tensor) -> Tensor:
-    """A gradient is dense: channels_last if the feature's samples are, else NCHW."""
-    format = torch.contiguous_format
-    if not _dense_in_order(feature, (1, 2, 3)) and _dense_in_order(feature, (2, 3, 1)):
-        format = torch.channels_last
-    return torch.empty_like(feature, memory_format=format)
-
-
-def _dense_in_order(feature: Tensor, order: tuple[int, int, int]) -> bool:
-    expected = 1
-    for dim in reversed(order):
-        if feature.shape[dim] != 1 and feature.stride(dim) != expected:
-            return False
-        expected = expected * feature.shape[dim]
-    return True
-
-
 def _map_fake(feature: Tensor, power: float) -> tuple[Tensor, Tensor]:
     n, _, h, w = feature.shape
     dtype = compute_dtype(feature)
@@ -152,7 +136,7 @@ def _map_fake(feature: Tensor, power: float) -> tuple[Tensor, Tensor]:
 def _map_backward_fake(
     grad: Tensor, feature: Tensor, map: Tensor, norm: Tensor, power: float
 ) -> Tensor:
-    return _gradient_like(feature)
+    return gradient_like(feature)
 
 
 def _loss_fake(
@@ -176,7 +160,7 @@ def _loss_backward_fake(
     power: float,
     slots: list[int],
 ) -> list[Tensor]:
-    return [_gradient_like(feature) for feature in features]
+    return [gradient_like(feature) for feature in features]
 
 
 # Autograd. Only features whose gradient is wanted are kept for the backward.

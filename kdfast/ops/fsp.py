@@ -20,7 +20,7 @@ from kdfast.ops._checks import (
     once,
     register,
 )
-from kdfast.ops.attention import _gradient_like
+from kdfast.ops._layout import gradient_like
 
 POOLS = ("avg", "max")
 # The most channels of either map that the kernels take; above, torch's batched product is faster.
@@ -196,7 +196,7 @@ def _matrix_fake(first: Tensor, second: Tensor, maximum: bool) -> Tensor:
 def _matrix_backward_fake(
     grad: Tensor, first: Tensor, second: Tensor, maximum: bool, wanted: list[int]
 ) -> list[Tensor]:
-    return [_gradient_like((first, second)[i]) for i in wanted]
+    return [gradient_like((first, second)[i]) for i in wanted]
 
 
 def _loss_fake(
@@ -218,7 +218,7 @@ def _loss_backward_fake(
     wanted: list[int],
     sign: float,
 ) -> list[Tensor]:
-    return [_gradient_like(features[i]) for i in wanted]
+    return [gradient_like(features[i]) for i in wanted]
 
 
 # Autograd. Of each network only the pairs in which a gradient is wanted are kept.

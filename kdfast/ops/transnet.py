@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdfast.ops import _library, reference
 from kdfast.ops._checks import check_device, check_floating, compute_dtype, once, register
-from kdfast.ops.attention import _dense_in_order, _gradient_like
+from kdfast.ops._layout import dense_in_order, gradient_like
 
 
 def gated_relu(x: Tensor, hidden: Tensor, gate: Tensor) -> Tensor:
@@ -64,8 +64,8 @@ def gated_relu(x: Tensor, hidden: Tensor, gate: Tensor) -> Tensor:
 def _ordered_like(tensor: Tensor, hidden: Tensor) -> Tensor:
     """`tensor` in the memory format that the kernels read `hidden` in."""
     for order in ((1, 2, 3), (2, 3, 1)):
-        if _dense_in_order(hidden, order):
-            if _dense_in_order(tensor, order):
+        if dense_in_order(hidden, order):
+            if dense_in_order(tensor, order):
                 return tensor
             channels_last = order == (2, 3, 1)
             format = torch.channels_last if channels_last else torch.contiguous_format
@@ -78,13 +78,13 @@ def _ordered_like(tensor: Tensor, hidden: Tensor) -> Tensor:
 
 def _fake(x: Tensor, hidden: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     torch._check(x.shape == hidden.shape)
-    return _gradient_like(hidden), hidden.new_empty(hidden.shape[:2], dtype=compute_dtype(hidden))
+    return gradient_like(hidden), hidden.new_empty(hidden.shape[:2], dtype=compute_dtype(hidden))
 
 
 def _backward_fake(
     grad: Tensor, hidden: Tensor, gate: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return _gradient_like(hidden), hidden.new_empty((1,), dtype=compute_dtype(hidden))
+    return gradient_like(hidden), hidden.new_empty((1,), dtype=compute_dtype(hidden))
 
 
 # Autograd. The gradient of x is the incoming one.

@@ -12,7 +12,7 @@ from kdfast.ops._checks import compute_dtype
 from kdfast.ops.reference.philox import counter_of, philox
 
 if TYPE_CHECKING:
-    from kdfast.ops.split import SplitMask
+    from kdfast.ops.split_mask import SplitMask
 
 HALF = (torch.float16, torch.bfloat16)
 
