@@ -1,4 +1,4 @@
-// Large gradients without page faults.
+// Large results without page faults.
 #pragma once
 
 #include "check.h"
@@ -11,5 +11,8 @@ namespace kdfast::cpu {
 // clears each page at its first write, which costs several times the gradient itself. Gradients of
 // 8 MB and more come from a list of released buffers instead, which keeps at most 512 MB.
 Tensor reused_gradient(const DenseFeature& feature);
+
+// `empty_on` on the CPU, from the same list.
+Tensor reused_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
 
 }  // namespace kdfast::cpu

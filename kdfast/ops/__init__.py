@@ -7,5 +7,15 @@ from kdfast.ops import reference
 from kdfast.ops._key import Key
 from kdfast.ops._library import active, use
 from kdfast.ops.attention import attention_loss, attention_map
+from kdfast.ops.noise import sigma_noise, standard_normal
 
-__all__ = ["Key", "active", "attention_loss", "attention_map", "reference", "use"]
+__all__ = [
+    "Key",
+    "active",
+    "attention_loss",
+    "attention_map",
+    "reference",
+    "sigma_noise",
+    "standard_normal",
+    "use",
+]
