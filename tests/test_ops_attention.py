@@ -379,3 +379,72 @@ def test_laws(shape, factor, power, seed):
     for s, t in ((student * factor, teacher), (teacher, student)):
         other = ops.attention_loss(s, t, power)
         torch.testing.assert_close(other, loss, atol=1e-14, rtol=1e-10)
+
+
+def _emulated_loss(*cases: Case):
+    def run() -> list[torch.Tensor]:
+        pairs = [case.make("cpu", seed) for seed, case in enumerate(cases)]
+        students, teachers = zip(*pairs, strict=True)
+        features = (*students, *teachers)
+        loss = ops.attention_loss(students, teachers, cases[0].power)
+        # Scaled so that half gradients are not subnormal.
+        scale = torch.full_like(loss, 1000)
+        return [loss, *torch.autograd.grad(loss, features, scale)]
+
+    return run
+
+
+def _emulated_map(case: Case):
+    def run() -> list[torch.Tensor]:
+        feature, _ = case.make("cpu")
+        map = ops.attention_map(feature, case.power)
+        upstream = torch.randn(map.shape, generator=torch.Generator().manual_seed(1)).to(map)
+        return [map, *torch.autograd.grad(map, feature, upstream)]
+
+    return run
+
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Packs of 16 bytes and single elements, both layouts, tiles of 128 positions cut short, every
+# specialised power; then launches of several pairs, more than one table (16) of them.
+_SINGLE = [
+    *(
+        Case(shape, dtype=dtype, layout=layout)
+        for dtype in FLOATS
+        for shape, layout in (
+            (ODD, "nchw"),
+            (ODD, "channels_last"),
+            ((2, 24, 4, 6), "nchw"),
+            ((2, 24, 4, 6), "channels_last"),
+        )
+    ),
+    Case((1, 9, 13, 11)),
+    Case((1, 8, 16, 9), layout="channels_last"),
+    Case((2, 300, 2, 2), layout="channels_last"),
+    Case((1, 70, 2, 2)),
+    Case((2, 8, 4, 4), layout="unaligned"),
+    Case((2, 8, 4, 4), layout="channel_slice"),
+    Case((2, 8, 4, 4), layout="transposed"),
+    Case((2, 3, 1, 1)),
+    *(
+        Case((2, 8, 3, 4), dtype=dtype, layout=layout, values="relu", power=power)
+        for dtype, layout in (
+            (torch.float32, "nchw"),
+            (torch.float64, "channels_last"),
+            (torch.bfloat16, "channels_last"),
+        )
+        for power in (1.0, 2.5)
+    ),
+]
+EMULATED = {
+    **{f"attention_map {case}": _emulated_map(case) for case in _SINGLE},
+    **{f"attention_loss {case}": _emulated_loss(case) for case in _SINGLE},
+    "attention_loss zero": _emulated_loss(Case((2, 8, 4, 4), values="zero_sample")),
+    "attention_map zero": _emulated_map(Case((2, 8, 4, 4), values="zero_sample")),
+    "attention_loss dtypes": _emulated_loss(
+        Case((2, 8, 4, 4), dtype=torch.float16, teacher_dtype=torch.bfloat16),
+        Case((2, 5, 3, 7), teacher_shape=(2, 12, 3, 7), teacher_layout="channels_last"),
+        Case((2, 5, 12, 12), teacher_dtype=torch.bfloat16),
+    ),
+    "attention_loss 17 pairs": _emulated_loss(*[Case((1, 2, 2, 3))] * 17),
+}
