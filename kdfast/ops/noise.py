@@ -90,7 +90,7 @@ def sigma_noise(
     ids: Tensor | None = None,
     first_sample: int = 0,
 ) -> Tensor:
-    """image + up(sigma) * eps, eps = standard_normal(key, [N, samples, C, H, W], ids, first_sample).
+    """image + up(sigma) * eps, eps = standard_normal(key, [N, samples, C, H, W], ids, ...).
 
     Pixel (y, x) takes the sigma of cell (floor(y*G/H), floor(x*G/W)), torch's nearest up-sampling;
     H and W need not be multiples of G. Channels of a pixel have one sigma and different eps.

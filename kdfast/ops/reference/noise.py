@@ -57,7 +57,7 @@ def up_sample(sigma: Tensor, height: int, width: int) -> Tensor:
 
 
 def _pair(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Box and Muller from two words: 31 bits of radius, 30 of a quarter of the circle, 2 of which."""
+    """Box and Muller from two words: 31 bits of radius, 30 of a quarter of the circle."""
     uniform = ((radius >> 1).float() + 0.5).double() * 2.0**-31
     r = (-2 * uniform.log()).sqrt()
     quarter = (angle << 2) & 0xFFFFFFFF
