@@ -20,7 +20,10 @@ constexpr int kThreads = 256;
 constexpr int kTile = 128;
 constexpr int kMaxPairs = 16;     // of one launch; the tables are passed by value
 constexpr int kSumThreads = 1024;
-constexpr int kUnroll = 4;        // independent 16-byte loads in flight a thread
+
+// Independent 16-byte loads in flight a thread. pow is long and far slower than its load.
+template <int P>
+constexpr int kUnroll = P == 0 ? 1 : 4;
 
 // Blocks a multiprocessor must hold: 4 leave 64 registers a thread; pow needs more.
 template <int P>
@@ -121,14 +124,14 @@ __device__ __forceinline__ void tile_mean(const Feature& feature, const Place& p
     if (group * V < place.count) {
       const T* column = x + place.start + group * V;
       int64_t channel = row;
-      for (; channel + (kUnroll - 1) * rows < channels; channel += kUnroll * rows) {
-        Pack<T, V> pack[kUnroll];
+      for (; channel + (kUnroll<P> - 1) * rows < channels; channel += kUnroll<P> * rows) {
+        Pack<T, V> pack[kUnroll<P>];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
+        for (int u = 0; u < kUnroll<P>; ++u) {
           pack[u] = load_pack<T, V>(column + (channel + u * rows) * positions);
         }
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
+        for (int u = 0; u < kUnroll<P>; ++u) {
 #pragma unroll
           for (int v = 0; v < V; ++v) sum[v] += energy<P>(A(widen(pack[u].element[v])), power);
         }
@@ -153,25 +156,25 @@ __device__ __forceinline__ void tile_mean(const Feature& feature, const Place& p
   const int slots = kThreads / lanes;
   const int lane = thread % lanes, slot = thread / lanes;
   // The loop bound is the same for the whole block: shuffles need every lane.
-  for (int base = 0; base < place.count; base += kUnroll * slots) {
-    A sum[kUnroll] = {};
+  for (int base = 0; base < place.count; base += kUnroll<P> * slots) {
+    A sum[kUnroll<P>] = {};
     for (int64_t channel = int64_t(lane) * V; channel < channels; channel += int64_t(lanes) * V) {
-      Pack<T, V> pack[kUnroll] = {};
+      Pack<T, V> pack[kUnroll<P>] = {};
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kUnroll<P>; ++u) {
         const int position = base + u * slots + slot;
         if (position < place.count) {
           pack[u] = load_pack<T, V>(x + (place.start + position) * channels + channel);
         }
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kUnroll<P>; ++u) {
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[u] += energy<P>(A(widen(pack[u].element[v])), power);
       }
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll<P>; ++u) {
       const A total = warp_sum(sum[u], lanes);
       const int position = base + u * slots + slot;
       if (lane == 0 && position < place.count) mean[position] = total / A(channels);
@@ -290,7 +293,7 @@ __device__ __forceinline__ void tile_gradient(const Feature& feature, const Plac
 #pragma unroll
     for (int v = 0; v < V; ++v) factor[v] = slope[group * V + v];
     const int64_t column = place.start + group * V;
-#pragma unroll kUnroll
+#pragma unroll kUnroll<P>
     for (int64_t channel = thread / groups; channel < channels; channel += rows) {
       Pack<T, V> pack = load_pack<T, V>(x + channel * positions + column);
 #pragma unroll
@@ -304,7 +307,7 @@ __device__ __forceinline__ void tile_gradient(const Feature& feature, const Plac
   const int lanes = power_of_two((channels + V - 1) / V, 32);
   const int slots = kThreads / lanes;
   const int lane = thread % lanes;
-#pragma unroll kUnroll
+#pragma unroll kUnroll<P>
   for (int position = thread / lanes; position < place.count; position += slots) {
     const A factor = slope[position];
     const int64_t row = (place.start + position) * channels;

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
-import hashlib
 import os
-import re
 import shutil
 import subprocess
 from collections import Counter
@@ -24,7 +21,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from toolkit import JOBS, ROOT, STABLE_TARGET, cuda_home, torch_include
+from toolkit import (
+    JOBS,
+    ROOT,
+    STABLE_TARGET,
+    cuda_home,
+    kernel_names,
+    locked,
+    make,
+    reached,
+    torch_include,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).resolve().parent
@@ -38,7 +45,7 @@ SCHEDULES = {
 ORDERS = ("forward", "reversed", "shuffled")
 FLAGS = (
     # -fno-gnu-unique: statics of templates belong to one library, not to the process.
-    "-x c++ -std=c++17 -fPIC -O1 -g1 -ffp-contract=off -fno-math-errno -fno-gnu-unique "
+    "-std=c++17 -fPIC -O1 -g1 -ffp-contract=off -fno-math-errno -fno-gnu-unique "
     f"-Wno-unknown-pragmas {STABLE_TARGET} -DUSE_CUDA -DKD_NAMESPACE={NAMESPACE}"
 ).split()
 SANITISE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
@@ -63,82 +70,29 @@ def kernel_sources() -> list[Path]:
     return sorted([*csrc.glob("cuda/*.cu"), *csrc.glob("schemas/*.cpp")])
 
 
-def kernel_names() -> set[str]:
-    """The names of all `__global__` functions of csrc/cuda."""
-    names = set()
-    for path in (ROOT / "csrc" / "cuda").glob("*.cu*"):
-        text = re.sub(r"//[^\n]*", "", path.read_text())
-        text = re.sub(r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)", "", text)
-        names.update(re.findall(r"__global__[\w\s]*?(\w+)\s*\(", text))
-    return names
-
-
 def build(name: str, sources: list[Path], *, sanitise: bool = False) -> Path:
     """Compile and link `sources` and the scheduler into build/emulator/<name>.so."""
     folder = ROOT / "build" / "emulator" / (name + "-sanitised" * sanitise)
-    folder.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, *(SANITISE if sanitise else [])]
     include = [f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
     for path in (torch_include(), cuda_home() / "include"):
         include += ["-isystem", str(path)]
-    sources = [*sources, HERE / "emulator.cpp"]
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
 
-        def compile(source: Path) -> tuple[Path, str]:
-            target = folder / f"{source.parent.name}-{source.name}.o"
-            command = [compiler(), *flags, *include, "-c", str(source)]
-            key = _digest(command, _reached(source))
-            if not _is(target, key):
-                _make(command, target, key)
-            return target, key
+    def compile(source: Path) -> Path:
+        target = folder / f"{source.parent.name}-{source.name}.o"
+        command = [compiler(), "-x", "c++", *flags, *include, "-c", str(source)]
+        make(command, target, reached(source, [ROOT / "csrc", HERE]))
+        return target
 
+    with locked(folder):
         with ThreadPoolExecutor(JOBS) as pool:
-            objects = list(pool.map(compile, sources))
-        library = folder / f"{name}.so"
-        command = [compiler(), *flags[2:], "-shared", "-Wl,-Bsymbolic", "-Wl,--as-needed"]
-        command += [str(target) for target, _ in objects]
+            objects = list(pool.map(compile, [*sources, HERE / "emulator.cpp"]))
         libraries = Path(torch.__file__).parent / "lib"
-        command += [f"-L{libraries}", "-ltorch_cpu", "-ltorch", "-ldl"]
-        key = _digest([*command, *(key for _, key in objects)], [])
-        if not _is(library, key):
-            _make(command, library, key)
+        link = ["-shared", "-Wl,-Bsymbolic", "-Wl,--as-needed", *map(str, objects)]
+        link += [f"-L{libraries}", "-ltorch_cpu", "-ltorch", "-ldl"]
+        library = folder / f"{name}.so"
+        make([compiler(), *flags, *link], library, objects)
     return library
-
-
-def _reached(source: Path, seen: dict[Path, None] | None = None) -> list[Path]:
-    """`source` and the headers of ours that it includes."""
-    seen = {} if seen is None else seen
-    if source not in seen:
-        seen[source] = None
-        for name in re.findall(r'#include "([^"]+)"', source.read_text()):
-            for folder in (source.parent, ROOT / "csrc", HERE):
-                if (folder / name).is_file():
-                    _reached((folder / name).resolve(), seen)
-                    break
-    return list(seen)
-
-
-def _digest(words: list[str], files: list[Path]) -> str:
-    digest = hashlib.sha256("\0".join([*words, torch.__version__]).encode())
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _is(target: Path, key: str) -> bool:
-    note = target.with_suffix(target.suffix + ".key")
-    return target.exists() and note.exists() and note.read_text() == key
-
-
-def _make(command: list[str], target: Path, key: str) -> None:
-    """Run `command` with its output in place of `target`; a loaded library keeps its old file."""
-    fresh = target.with_suffix(".new")
-    done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    fresh.replace(target)
-    target.with_suffix(target.suffix + ".key").write_text(key)
 
 
 @functools.cache
