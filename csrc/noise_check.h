@@ -37,6 +37,8 @@ inline NoiseShape image_noise(const char* op, int64_t images, int64_t samples, i
   const int64_t elements = channels * height * width;
   KD_CHECK(images > 0 && grid > 0 && grid <= height && grid <= width, op,
            ": expected a non-empty image and a grid that fits it");
+  KD_CHECK(height <= kMostPixels && width <= kMostPixels && elements <= int64_t(1) << 32, op,
+           ": expected sides of at most 65535 and 2^32 elements");
   check_counters(op, samples, elements, first_sample);
   return {images, samples,  channels, height, width, grid, elements, uint32_t(first_sample),
           uint64_t(key), ids ? ids->const_data_ptr<int64_t>() : nullptr};

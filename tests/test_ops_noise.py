@@ -319,6 +319,11 @@ IDS = torch.arange(2)
         ((X, S[..., :3], 2, KEY), ValueError, ["sigma", "[2, 1, 4, 3]"]),
         ((X, S.expand(2, 3, 4, 4), 2, KEY), ValueError, ["sigma", "[2, 3, 4, 4]"]),
         ((X, torch.ones(2, 1, 9, 9), 2, KEY), ValueError, ["sigma", "9 cells", "8x8"]),
+        (
+            (X[:1, :1, :1, :1].expand(1, 1, 1, 65536), S[:1, :, :1, :1], 2, KEY),
+            ValueError,
+            ["1x65536"],
+        ),
         ((X, S.to("meta"), 2, KEY), ValueError, ["one device", "meta"]),
         ((X, S, 0, KEY), ValueError, ["samples", "0"]),
         ((X, S, 2, 5), TypeError, ["key", "int"]),

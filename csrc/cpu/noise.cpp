@@ -70,7 +70,8 @@ void up_sample(const NoiseShape& shape, const A* sigma, int64_t start, int64_t c
     int64_t cell = cell_of(x, shape.grid, shape.width);
     count -= end - x;
     while (x < end) {
-      const int64_t next = std::min(end, first_of(cell + 1, shape.grid, shape.width));
+      const int64_t next =
+          std::min(end, int64_t(first_of(cell + 1, shape.grid, shape.width)));
       for (; x < next; ++x) *out++ = row[cell];
       ++cell;
     }

@@ -18,7 +18,7 @@ void fill(const NoiseShape& shape, const void* image, const A* sigma, void* out,
           cudaStream_t stream) {
   const int64_t groups = (shape.samples + kNoiseSamples - 1) / kNoiseSamples;
   launch(noise_rows<A>, shape.images * tiles_of(shape) * groups, kNoiseThreads, 0, stream, shape,
-         image, sigma, out, storage, groups);
+         round_keys(shape.key), image, sigma, out, storage, groups);
 }
 
 Tensor standard_normal(Tensor ids, int64_t samples, int64_t elements, int64_t first_sample,
@@ -74,13 +74,12 @@ std::tuple<Tensor, Tensor> sigma_noise_backward(Tensor grad, std::optional<Tenso
     using A = decltype(zero);
     A* total = want_image ? totals.mutable_data_ptr<A>() : nullptr;
     launch(noise_sums<A>, blocks * groups, kNoiseThreads, 0, device.stream, shape,
-           noise.grad.const_data_ptr(), storage, groups, split, sums.mutable_data_ptr<A>(), total);
+           round_keys(shape.key), noise.grad.const_data_ptr(), storage, groups, split, sums.mutable_data_ptr<A>(), total);
     launch(noise_cells<A>, shape.images * grid * grid, kCellThreads, 0, device.stream, shape,
            sums.const_data_ptr<A>(), groups, d_sigma.mutable_data_ptr<A>());
     if (want_image) {
-      const int64_t count = shape.images * shape.elements;
-      launch(noise_totals<A>, (count + kNoiseThreads - 1) / kNoiseThreads, kNoiseThreads, 0,
-             device.stream, shape, static_cast<const A*>(total), groups, storage,
+      const int64_t tiles = (shape.elements + kNoiseThreads - 1) / kNoiseThreads;
+      launch(noise_totals<A>, shape.images * tiles, kNoiseThreads, 0, device.stream, shape, static_cast<const A*>(total), groups, storage,
              d_image.mutable_data_ptr());
     }
   });

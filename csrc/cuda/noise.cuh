@@ -19,12 +19,6 @@ constexpr int kNoiseSamples = 8;      // of a thread in the forward
 constexpr int kNoiseBlocks = 1024;    // wanted of a backward; the samples are split for it
 constexpr int kCellThreads = 128;
 
-__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
-  // 64-bit division takes 70 instructions.
-  if (((a | b) >> 32) == 0) return int64_t(uint32_t(a) / uint32_t(b));
-  return a / b;
-}
-
 // Where a thread works: image, group of samples, and counter block (elements 4 * block and on).
 struct NoisePlace {
   int64_t image, group, block;
@@ -32,11 +26,11 @@ struct NoisePlace {
 
   __device__ __forceinline__ NoisePlace(const NoiseShape& shape, int64_t groups) {
     const int64_t blocks = (shape.elements + 3) / 4;
-    const int64_t tiles = (blocks + kNoiseThreads - 1) / kNoiseThreads;
-    const int64_t row = divide(blockIdx.x, tiles);
-    image = divide(row, groups);
-    group = row - image * groups;
-    block = (int64_t(blockIdx.x) - row * tiles) * kNoiseThreads + threadIdx.x;
+    const uint32_t tiles = uint32_t((blocks + kNoiseThreads - 1) / kNoiseThreads);
+    const uint32_t row = blockIdx.x / tiles;
+    image = row / uint32_t(groups);
+    group = row % uint32_t(groups);
+    block = int64_t(blockIdx.x % tiles) * kNoiseThreads + threadIdx.x;
     const int64_t left = shape.elements - 4 * block;
     count = left >= 4 ? 4 : (left > 0 ? int(left) : 0);
   }
@@ -46,20 +40,19 @@ struct NoisePlace {
 template <typename A>
 __device__ __forceinline__ void load_sigmas(const NoiseShape& shape, const A* sigma, int64_t block,
                                             A* out) {
-  const int64_t element = 4 * block;
-  const int64_t line = divide(element, shape.width);
-  int64_t x = element - line * shape.width, y = line - divide(line, shape.height) * shape.height;
-  int64_t column = divide(x * shape.grid, shape.width);
-  int64_t row = divide(y * shape.grid, shape.height);
+  const uint32_t width = uint32_t(shape.width), height = uint32_t(shape.height);
+  const uint32_t grid = uint32_t(shape.grid), element = uint32_t(4 * block);
+  uint32_t x = element % width, y = element / width % height;
+  uint32_t column = cell_of(x, grid, width), row = cell_of(y, grid, height);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    out[i] = sigma[row * shape.grid + column];
+    out[i] = sigma[row * grid + column];
     // The next pixel; at most one cell on, since there are no more cells than pixels.
-    if (++x == shape.width) {
+    if (++x == width) {
       x = column = 0;
-      if (++y == shape.height) y = row = 0;
-      if (y * shape.grid >= (row + 1) * shape.height) ++row;
-    } else if (x * shape.grid >= (column + 1) * shape.width) {
+      if (++y == height) y = row = 0;
+      if (y * grid >= (row + 1) * height) ++row;
+    } else if (x * grid >= (column + 1) * width) {
       ++column;
     }
   }
@@ -101,8 +94,8 @@ __device__ __forceinline__ void store_four(T* to, int count, bool pack, const A*
 // One block a tile of elements and `groups` groups of kNoiseSamples samples.
 template <typename A>
 __global__ void __launch_bounds__(kNoiseThreads)
-    noise_rows(const __grid_constant__ NoiseShape shape, const void* image, const A* sigma,
-               void* out, Storage storage, int64_t groups) {
+    noise_rows(const __grid_constant__ NoiseShape shape, const __grid_constant__ RoundKeys keys,
+               const void* image, const A* sigma, void* out, Storage storage, int64_t groups) {
   const NoisePlace place(shape, groups);
   if (place.count == 0) return;
   const uint64_t id = shape.id(place.image);
@@ -121,8 +114,7 @@ __global__ void __launch_bounds__(kNoiseThreads)
     const bool pack = packs_of_four<T>(shape.elements, out);
     for (int s = 0; s < samples; ++s, to += shape.elements) {
       const Normal4 normal = normals_of(philox(
-          shape.key,
-          counter_of(uint32_t(place.block), id, shape.first_sample + uint32_t(first + s))));
+          keys, counter_of(uint32_t(place.block), id, shape.first_sample + uint32_t(first + s))));
       A value[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -137,8 +129,9 @@ __global__ void __launch_bounds__(kNoiseThreads)
 // sums [images, groups, elements]: of grad * normal over a group's samples; totals, if any: of grad.
 template <typename A>
 __global__ void __launch_bounds__(kNoiseThreads)
-    noise_sums(const __grid_constant__ NoiseShape shape, const void* grad, Storage storage,
-               int64_t groups, int64_t split, A* sums, A* totals) {
+    noise_sums(const __grid_constant__ NoiseShape shape, const __grid_constant__ RoundKeys keys,
+               const void* grad, Storage storage, int64_t groups, int64_t split, A* sums,
+               A* totals) {
   const NoisePlace place(shape, groups);
   if (place.count == 0) return;
   const uint64_t id = shape.id(place.image);
@@ -159,8 +152,7 @@ __global__ void __launch_bounds__(kNoiseThreads)
       from += shape.elements;
       if (s + 1 < samples) load_four(from, place.count, pack, next);
       const Normal4 normal = normals_of(philox(
-          shape.key,
-          counter_of(uint32_t(place.block), id, shape.first_sample + uint32_t(first + s))));
+          keys, counter_of(uint32_t(place.block), id, shape.first_sample + uint32_t(first + s))));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         sum[i] += value[i] * A(normal.value[i]);
@@ -181,20 +173,20 @@ __global__ void __launch_bounds__(kCellThreads)
     noise_cells(const __grid_constant__ NoiseShape shape, const A* sums, int64_t groups,
                 A* d_sigma) {
   __shared__ A scratch[kCellThreads / 32];
-  const int64_t cells = shape.grid * shape.grid;
-  const int64_t image = int64_t(blockIdx.x) / cells, cell = int64_t(blockIdx.x) % cells;
-  const int64_t row = cell / shape.grid, column = cell % shape.grid;
-  const int64_t y = first_of(row, shape.grid, shape.height);
-  const int64_t x = first_of(column, shape.grid, shape.width);
-  const int64_t height = first_of(row + 1, shape.grid, shape.height) - y;
-  const int64_t width = first_of(column + 1, shape.grid, shape.width) - x;
+  const uint32_t grid = uint32_t(shape.grid), line_length = uint32_t(shape.width);
+  const uint32_t image = blockIdx.x / (grid * grid), cell = blockIdx.x % (grid * grid);
+  const uint32_t row = cell / grid, column = cell % grid;
+  const uint32_t y = first_of(row, grid, shape.height), x = first_of(column, grid, line_length);
+  const uint32_t height = first_of(row + 1, grid, shape.height) - y;
+  const uint32_t width = first_of(column + 1, grid, line_length) - x;
+  const A* own = sums + image * groups * shape.elements;
   A sum = 0;
-  for (int64_t i = threadIdx.x; i < shape.channels * height * width; i += kCellThreads) {
-    const int64_t line = divide(i, width), channel = divide(line, height);
-    const A* from = sums + image * groups * shape.elements +
-                    (channel * shape.height + y + (line - channel * height)) * shape.width + x +
-                    (i - line * width);
-    for (int64_t group = 0; group < groups; ++group) sum += from[group * shape.elements];
+  for (uint32_t i = threadIdx.x; i < uint32_t(shape.channels) * height * width;
+       i += kCellThreads) {
+    const uint32_t line = i / width, channel = line / height;
+    const uint32_t at = (channel * uint32_t(shape.height) + y + line % height) * line_length + x +
+                        i % width;
+    for (int64_t group = 0; group < groups; ++group) sum += own[group * shape.elements + at];
   }
   sum = block_sum<kCellThreads>(sum, scratch);
   if (threadIdx.x == 0) d_sigma[blockIdx.x] = sum;
@@ -205,14 +197,15 @@ template <typename A>
 __global__ void __launch_bounds__(kNoiseThreads)
     noise_totals(const __grid_constant__ NoiseShape shape, const A* totals, int64_t groups,
                  Storage storage, void* d_image) {
-  const int64_t i = int64_t(blockIdx.x) * kNoiseThreads + threadIdx.x;
-  if (i >= shape.images * shape.elements) return;
-  const int64_t image = divide(i, shape.elements), element = i - image * shape.elements;
+  const uint32_t tiles = uint32_t((shape.elements + kNoiseThreads - 1) / kNoiseThreads);
+  const int64_t image = blockIdx.x / tiles;
+  const int64_t element = int64_t(blockIdx.x % tiles) * kNoiseThreads + threadIdx.x;
+  if (element >= shape.elements) return;
   const A* from = totals + image * groups * shape.elements + element;
   A sum = 0;
   for (int64_t group = 0; group < groups; ++group) sum += from[group * shape.elements];
   with_storage<A>(storage, [&](auto zero) {
-    narrow(sum, static_cast<decltype(zero)*>(d_image)[i]);
+    narrow(sum, static_cast<decltype(zero)*>(d_image)[image * shape.elements + element]);
   });
 }
 

@@ -22,13 +22,13 @@ static_assert(sizeof(ResetTable) <= 4080);
 
 template <typename A, typename T>
 __device__ __forceinline__ void reset_four(const SplitLayer& layer, uint64_t key, uint64_t number,
-                                           int64_t element) {
-  const int64_t elements = layer.elements();
+                                           uint32_t element) {
+  const uint32_t elements = uint32_t(layer.elements());
   const uint32_t length = uint32_t(layer.columns) * uint32_t(layer.inner);
-  uint32_t row = uint32_t(element) / length;
-  uint32_t column = (uint32_t(element) - row * length) / uint32_t(layer.inner);
-  uint32_t i = uint32_t(element) - row * length - column * uint32_t(layer.inner);
-  int64_t place[4];  // -1: kept
+  uint32_t row = element / length;
+  uint32_t column = (element - row * length) / uint32_t(layer.inner);
+  uint32_t i = element - row * length - column * uint32_t(layer.inner);
+  int32_t place[4];  // -1: kept
   int reset = 0;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -42,8 +42,9 @@ __device__ __forceinline__ void reset_four(const SplitLayer& layer, uint64_t key
                in_runs(layer.runs() + 2 * layer.row_runs, layer.column_runs, column);
       }
       if (!kept) {
-        place[k] = layer.channels_last ? int64_t(row) * length + i * layer.columns + column
-                                       : element + k;
+        place[k] = int32_t(layer.channels_last
+                               ? row * length + i * uint32_t(layer.columns) + column
+                               : element + k);
         ++reset;
       }
     }
@@ -56,7 +57,7 @@ __device__ __forceinline__ void reset_four(const SplitLayer& layer, uint64_t key
     }
   }
   if (reset == 0) return;
-  const Bits4 bits = philox(key, counter_of(uint32_t(element / 4), number, 0));
+  const Bits4 bits = philox(key, counter_of(element / 4, number, 0));
   Pack<T, 4> drawn;
 #pragma unroll
   for (int k = 0; k < 4; ++k) narrow(redrawn(bits.word[k], A(layer.width)), drawn.element[k]);
@@ -84,14 +85,14 @@ __global__ void __launch_bounds__(kResetThreads)
     }
   }
   const SplitLayer& layer = table.layer[low];
-  const int64_t first = (int64_t(blockIdx.x) - layer.first_block) * kResetTile;
+  const uint32_t first = (blockIdx.x - uint32_t(layer.first_block)) * uint32_t(kResetTile);
   const auto tile = [&](auto zero) {
     using A = decltype(zero);
     with_storage<A>(Storage(layer.storage), [&](auto element) {
 #pragma unroll 1
       for (int step = 0; step < kResetSteps; ++step) {
-        const int64_t at = first + 4 * (int64_t(step) * kResetThreads + threadIdx.x);
-        if (at < layer.elements()) {
+        const uint32_t at = first + 4 * (step * kResetThreads + threadIdx.x);
+        if (at < uint32_t(layer.elements())) {
           reset_four<A, decltype(element)>(layer, key, uint64_t(table.first_layer + low), at);
         }
       }

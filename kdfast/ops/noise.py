@@ -28,6 +28,7 @@ from kdfast.ops._key import Key
 
 MOST_SAMPLES = 1 << 32
 MOST_ELEMENTS = 1 << 34  # of a row: 32 bits of counter, four elements each
+MOST_PIXELS = 65535  # of an image's height and width, whose cells are computed in 32 bits
 
 
 def standard_normal(
@@ -96,8 +97,8 @@ def sigma_noise(
     H and W need not be multiples of G. Channels of a pixel have one sigma and different eps.
 
     Args:
-        image: [N, C, H, W], float32, float64, float16 or bfloat16. Other layouts than NCHW are
-            copied.
+        image: [N, C, H, W], float32, float64, float16 or bfloat16, H and W up to 65535, C*H*W up to
+            2^32. Other layouts than NCHW are copied.
         sigma: [N, 1, G, G], one of these dtypes, G at most H and W.
         samples: how many noisy copies of each image.
         key, ids, first_sample: see `standard_normal`. Fresh noise needs another key or
@@ -131,6 +132,11 @@ def sigma_noise(
         raise ValueError(
             f"{op}: sigma's grid must not be larger than the image, "
             f"got {sigma.shape[2]} cells for {h}x{w} pixels"
+        )
+    if max(h, w) > MOST_PIXELS or c * h * w > 1 << 32:
+        raise ValueError(
+            f"{op}: image must have sides of at most {MOST_PIXELS} and 2^32 elements, "
+            f"got {c}x{h}x{w}"
         )
     check_device(op, "sigma", sigma, "image", image)
     if samples < 1:
