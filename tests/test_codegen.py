@@ -21,6 +21,7 @@ DOUBLE_ON_PURPOSE = {
     "attention_map_normalise": MAPS,
     "attention_loss_gradient": MAPS,
     "attention_map_gradient": MAPS,
+    "split_reset": "one launch takes layers of every dtype, double among them",
 }
 
 

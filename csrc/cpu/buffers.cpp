@@ -63,6 +63,13 @@ Buffers& buffers() {
   return *instance;
 }
 
+Tensor from_buffer(size_t bytes, const std::vector<int64_t>& sizes,
+                   const std::vector<int64_t>& strides, const Tensor& like, ScalarType dtype) {
+  void* data = buffers().take(bytes);
+  return torch::stable::from_blob(data, sizes, strides, like.device(), dtype,
+                                  [bytes](void* released) { buffers().give(released, bytes); });
+}
+
 }  // namespace
 
 Tensor reused_gradient(const DenseFeature& feature) {
@@ -81,9 +88,19 @@ Tensor reused_empty(const Tensor& like, const std::vector<int64_t>& sizes, bool 
   const std::vector<int64_t> strides = channels_last
                                            ? std::vector<int64_t>{c * h * w, 1, w * c, c}
                                            : std::vector<int64_t>{c * h * w, h * w, w, 1};
-  void* data = buffers().take(bytes);
-  return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(),
-                                  [bytes](void* released) { buffers().give(released, bytes); });
+  return from_buffer(bytes, sizes, strides, like, like.scalar_type());
+}
+
+Tensor reused_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t numel = 1;
+  for (size_t i = sizes.size(); i-- > 0; numel *= sizes[i]) strides[i] = numel;
+  const size_t element = dtype == ScalarType::Double                                  ? 8
+                         : dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ? 2
+                                                                                      : 4;
+  const size_t bytes = size_t(numel) * element;
+  if (bytes < kSmallest) return empty_on(like, sizes, dtype);
+  return from_buffer(bytes, sizes, strides, like, dtype);
 }
 
 }  // namespace kdfast::cpu

@@ -114,6 +114,13 @@ inline void stream_copy(void* to, const void* from, size_t bytes) {
   std::memcpy(to, from, bytes);
 }
 
+// Asks for memory that is read soon but not next.
+inline void prefetch(const void* from, size_t bytes) {
+#if defined(__GNUC__)
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+#endif
+}
+
 inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();

@@ -7,6 +7,7 @@ from kdfast.ops import reference
 from kdfast.ops._key import Key
 from kdfast.ops._library import active, use
 from kdfast.ops.attention import attention_loss, attention_map
+from kdfast.ops.augment import crop_flip
 from kdfast.ops.contrast import (
     contrastive_constants,
     contrastive_loss,
@@ -15,8 +16,10 @@ from kdfast.ops.contrast import (
 )
 from kdfast.ops.fsp import fsp_loss, fsp_matrix
 from kdfast.ops.logits import cohort_loss, distillation_loss, soft_target_loss
+from kdfast.ops.noise import sigma_noise, standard_normal
 from kdfast.ops.split import split_conv2d
 from kdfast.ops.split_mask import SplitMask
+from kdfast.ops.split_reset import split_reset_
 from kdfast.ops.transnet import gated_relu
 
 __all__ = [
@@ -29,13 +32,17 @@ __all__ = [
     "contrastive_constants",
     "contrastive_loss",
     "contrastive_update_",
+    "crop_flip",
     "distillation_loss",
     "draw_negatives",
     "fsp_loss",
     "fsp_matrix",
     "gated_relu",
     "reference",
+    "sigma_noise",
     "soft_target_loss",
     "split_conv2d",
+    "split_reset_",
+    "standard_normal",
     "use",
 ]

@@ -5,6 +5,7 @@ Half types are computed in float32.
 """
 
 from kdfast.ops.reference.attention import EPS, attention_loss, attention_map, match_size
+from kdfast.ops.reference.augment import crop_flip
 from kdfast.ops.reference.contrast import (
     contrastive_constants,
     contrastive_loss,
@@ -13,7 +14,9 @@ from kdfast.ops.reference.contrast import (
 )
 from kdfast.ops.reference.fsp import fsp_loss, fsp_matrix, pool_to
 from kdfast.ops.reference.logits import cohort_loss, distillation_loss, soft_target_loss
+from kdfast.ops.reference.noise import sigma_noise, standard_normal, up_sample
 from kdfast.ops.reference.split import split_conv2d
+from kdfast.ops.reference.split_reset import split_reset_
 from kdfast.ops.reference.transnet import SCALE_EPS, gated_relu
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "contrastive_constants",
     "contrastive_loss",
     "contrastive_update_",
+    "crop_flip",
     "distillation_loss",
     "draw_negatives",
     "fsp_loss",
@@ -32,6 +36,10 @@ __all__ = [
     "gated_relu",
     "match_size",
     "pool_to",
+    "sigma_noise",
     "soft_target_loss",
     "split_conv2d",
+    "split_reset_",
+    "standard_normal",
+    "up_sample",
 ]
