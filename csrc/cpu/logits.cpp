@@ -10,7 +10,7 @@
 
 #include "cpu/lanes.h"
 #include "exp.h"
-#include "logits_glue.h"
+#include "logits_check.h"
 
 namespace kdfast::cpu {
 namespace {

@@ -5,7 +5,7 @@
 #include "check.h"
 #include "cpu/buffers.h"
 #include "cpu/lanes.h"
-#include "split_glue.h"
+#include "split_check.h"
 
 namespace kdfast::cpu {
 namespace {

@@ -3,7 +3,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/logits.cuh"
-#include "logits_glue.h"
+#include "logits_check.h"
 
 namespace kdfast::cuda {
 namespace {

@@ -4,7 +4,7 @@
 #include "check.h"
 #include "cuda/launch.cuh"
 #include "cuda/split.cuh"
-#include "split_glue.h"
+#include "split_check.h"
 
 namespace kdfast::cuda {
 namespace {
