@@ -21,7 +21,19 @@ DOUBLE_ON_PURPOSE = {
     "attention_map_normalise": MAPS,
     "attention_loss_gradient": MAPS,
     "attention_map_gradient": MAPS,
+    "logits_rows": "a few numbers a row: T, weights and the row's sums over threads",
+    "logits_mean": "the sum over rows, once",
+    "logits_scale": "one product a thread, of the upstream gradient and the terms' weight",
+    "negatives_drawn": "a square root of the pool, once a thread",
     "split_reset": "one launch takes layers of every dtype, double among them",
+}
+
+# Files that take packs from shared memory alone, and why that serves.
+SHARED_PACKS = {"fsp.cu": "a tile is loaded by 4 bytes a lane, whole sectors, and read many times"}
+# Instances that take less than 16 bytes a load, and why.
+NARROW = {
+    r"logits_rows<.*, 32>": "a warp a row of up to 256 classes: neighbouring lanes, whole sectors",
+    r"split_copy_units<(uint2|unsigned \w+)>": "for runs that 16 bytes do not divide",
 }
 
 
@@ -70,9 +82,11 @@ def test_packs_are_one_load_of_16_bytes(ptx):
             if re.search(rf"\b{name.partition('<')[0]}\b", text)
         }
         packed = {name.partition("<")[0] for name, kernel in here.items() if kernel.vector_loads}
-        assert ("load_pack<" in text) <= bool(packed), f"{source.name}: no 16-byte load"
+        promised = "load_pack<" in text and source.name not in SHARED_PACKS
+        assert promised == bool(packed), f"{source.name}: no 16-byte load, or not expected"
         for name, kernel in here.items():
-            if name.partition("<")[0] in packed:
+            narrow = any(re.fullmatch(pattern, name) for pattern in NARROW)
+            if name.partition("<")[0] in packed and not narrow:
                 assert kernel.vector_loads, f"{codegen.place_of(name)}: no 16-byte load"
 
 

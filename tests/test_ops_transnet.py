@@ -275,6 +275,7 @@ EMULATED = {
     "gated_relu-channels": _emulated((2, 40, 5, 5), layout="channels_last"),
     "gated_relu-one-position": _emulated((3, 70)),
     "gated_relu-float64": _emulated((2, 7, 4, 4), torch.float64),
+    "gated_relu-channels-float64": _emulated((2, 7, 4, 4), torch.float64, "channels_last"),
     "gated_relu-bfloat16": _emulated((2, 6, 4, 6), torch.bfloat16),
     "gated_relu-float16": _emulated((2, 33, 3, 3), torch.float16, "channels_last"),
 }
