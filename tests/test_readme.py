@@ -7,7 +7,10 @@ import re
 import shlex
 
 import pytest
+import torch
+from torch.nn import functional as F
 
+from kdfast import ops
 from kdfast.data import dataset_names
 from kdfast.training.parser import recipe_names
 
@@ -66,3 +69,54 @@ def test_accuracies_are_those_of_the_committed_runs(name):
         label = "student alone" if row["method"] == "none" else row["method"].replace("+", " + ")
         (line,) = (line for line in README.splitlines() if line.startswith(f"| {label} |"))
         assert text in line
+
+
+def test_ops_example_runs():
+    """The README's block of ops, line by line, on both paths."""
+    block = re.search(r"## The ops\n\n```python\n(.*?)```", README, re.S)[1]
+    maps, logits = torch.rand(2, 4, 8, 8), torch.randn(2, 5)
+    names = {
+        "seed": 0,
+        "epoch": 0,
+        "feature": maps,
+        "student": maps,
+        "teacher": maps * 2,
+        "student_pairs": [(maps, maps)],
+        "teacher_pairs": [(maps, maps * 2)],
+        "student_logits": logits,
+        "teacher_logits": logits * 2,
+        "cohort_logits": torch.randn(3, 2, 5),
+        "labels": torch.tensor([0, 1]),
+        **dict(zip("NSCHW", (2, 3, 3, 8, 8), strict=True)),
+        "ids": torch.tensor([7, 3]),
+        "image": torch.rand(2, 3, 8, 8),
+        "sigma": torch.full((2, 1, 4, 4), 0.1),
+        "class_offsets": torch.tensor([0, 17000, 34000]),
+        **{name: F.normalize(torch.randn(2, 8)) for name in ("e_s", "e_t")},
+        **{f"{name}_bank": F.normalize(torch.randn(34000, 8)) for name in ("student", "teacher")},
+        "z_s": torch.tensor(1e5),
+        "z_t": torch.tensor(1e5),
+        "x": maps,
+        "weight": torch.randn(6, 4, 3, 3),
+        "hidden": maps,
+        "gate": torch.tensor(0.5),
+        "images_u8": torch.zeros(40000, 8, 8, 3, dtype=torch.uint8),
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.2, 0.2, 0.2),
+    }
+    results = {}
+    for path in ("fused", "reference"):
+        found = {**names, "weights": [names["weight"].clone()], "masks": []}
+        results[path] = []
+        with ops.use(path):
+            for line in block.splitlines():
+                if line.startswith("ops.split_reset_"):
+                    found["masks"] = [found["mask"]]
+                if line.startswith("ops."):
+                    results[path].append(eval(line, found))
+                else:
+                    exec(line, found)
+        results[path].append(found["weights"][0])
+    for fused, twin in zip(*results.values(), strict=True):
+        if fused is not None:
+            torch.testing.assert_close(fused, twin, rtol=1e-4, atol=1e-5)
