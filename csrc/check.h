@@ -20,8 +20,8 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline Storage storage_of(const char* op, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline Storage storage_of_dtype(const char* op, ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float:
       return Storage::kFloat;
     case ScalarType::Half:
@@ -33,6 +33,10 @@ inline Storage storage_of(const char* op, const Tensor& tensor) {
     default:
       KD_CHECK(false, op, ": expected float32, float64, float16 or bfloat16");
   }
+}
+
+inline Storage storage_of(const char* op, const Tensor& tensor) {
+  return storage_of_dtype(op, tensor.scalar_type());
 }
 
 // float32 accumulates float32, float16 and bfloat16; float64 itself.

@@ -72,19 +72,4 @@ inline void check_mask(const Feature& weight, const Tensor& bits, Storage to) {
            "split_mask: expected float64 for weight and result or for none");
 }
 
-inline Storage storage_of_dtype(const char* op, ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return Storage::kFloat;
-    case ScalarType::Half:
-      return Storage::kHalf;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    case ScalarType::Double:
-      return Storage::kDouble;
-    default:
-      KD_CHECK(false, op, ": expected float32, float64, float16 or bfloat16");
-  }
-}
-
 }  // namespace kdfast

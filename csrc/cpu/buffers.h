@@ -14,6 +14,7 @@ Tensor reused_gradient(const DenseFeature& feature);
 
 // The same for sizes [N, C, H, W] of one's own; dtype and device of `like`.
 Tensor reused_empty(const Tensor& like, const std::vector<int64_t>& sizes, bool channels_last);
+
 // `empty_on` on the CPU, from the same list.
 Tensor reused_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
 
