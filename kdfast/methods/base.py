@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,8 +18,8 @@ from kdfast.errors import UsageError, unknown
 class Option:
     """A number or word of a method that the user may set: flag, help and recipe key come from it.
 
-    `flag` defaults to `--METHOD-NAME`; `positive` refuses values up to 0, `least`
-    those below it.
+    `flag` defaults to `--METHOD-NAME`; one flag of several methods sets all of them that are used.
+    `positive` refuses values up to 0, `least` those below it.
     """
 
     default: Any
@@ -28,12 +29,18 @@ class Option:
     positive: bool = False
     least: float | None = None
 
+    def flag_of(self, method: str, key: str) -> str:
+        """Its flag as option `key` of `method`."""
+        return self.flag or f"--{method}-{key}".replace("_", "-")
+
     def checked(self, what: str, value: Any) -> Any:
         """`value` in the default's type; raises `UsageError` about `what` when it cannot be."""
         if self.choices:
             if value not in self.choices:
                 raise unknown(f"value of {what}", str(value), self.choices)
             return value
+        if isinstance(self.default, bool) and not isinstance(value, bool):
+            raise UsageError(f"{what} must be true or false, got {value!r}")
         if isinstance(self.default, bool) or not isinstance(self.default, int | float):
             return value
         try:
@@ -53,19 +60,25 @@ class Option:
 class Outputs:
     """One network's answer to a batch of B images.
 
-    `logits` [B, C]; `features` the tapped layers the method asked for, shallow to deep.
+    `logits` [B, C]; `features` the tapped layers the method asked for, shallow to deep; `indices`
+    [B] int64, the data set indices of the images; `heads`, of a teacher with auxiliary classifiers,
+    the (feature [B, d], logits [B, C]) of each.
     """
 
     logits: torch.Tensor
     features: tuple[torch.Tensor, ...] = ()
+    indices: torch.Tensor | None = None
+    heads: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """What a method may know before training: tapped layers, their shapes, and the classes.
+    """What a method may know before training: tapped layers, their shapes, the classes, the run.
 
     Shapes include the batch dimension. Layer i of the student is paired with layer i of the
-    teacher.
+    teacher. `head_layers` are the teacher's layers that its auxiliary classifiers are mounted on,
+    in the order of `Outputs.heads`, and `head_widths` the d of their features. `training_labels()`
+    gives the class of every training image in the order of their indices.
     """
 
     student_layers: tuple[str, ...]
@@ -73,6 +86,11 @@ class Pairing:
     student_shapes: tuple[torch.Size, ...]
     teacher_shapes: tuple[torch.Size, ...]
     classes: int
+    head_layers: tuple[str, ...] = ()
+    head_widths: tuple[int, ...] = ()
+    training_labels: Callable[[], Sequence[int]] = list
+    epochs: int = 1
+    seed: int = 0
 
 
 class Method(nn.Module):
@@ -83,6 +101,9 @@ class Method(nn.Module):
         default_weight: that weight when neither flag nor recipe gives one.
         gamma: weight of cross-entropy when this method is used and nobody gives one; None leaves
             the general rule (1, or 1 - alpha beside `kd`).
+        heads: the kind of auxiliary classifiers the teacher must have, or None.
+        under_autocast: whether `forward` runs networks of its own, which may take the precision of
+            the others; it must then bring what it compares to float32.
         formula: the term as docs/methods.md shows it; optional.
         equivalences: the same term in the conventions of other code, by a short id; optional.
     """
@@ -92,6 +113,8 @@ class Method(nn.Module):
     weight_flag: ClassVar[str] = "beta"
     default_weight: ClassVar[float] = 1.0
     gamma: ClassVar[float | None] = None
+    heads: ClassVar[str | None] = None
+    under_autocast: ClassVar[bool] = False
     formula: ClassVar[str] = ""
     equivalences: ClassVar[dict[str, str]] = {}
 
@@ -112,14 +135,35 @@ class Method(nn.Module):
         return found
 
     def taps(self) -> str:
-        """Which layers the method watches: `none`, `stages`, `stem+stages` or `penultimate`."""
+        """Which layers the method watches.
+
+        `none`, `stages`, `stem+stages`, `penultimate` or `stages+penultimate`. Where `heads` are
+        asked for, the stages of the teacher are those that its heads are mounted on.
+        """
         return "none"
+
+    def select(self, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Which of the (teacher layer, student layer) pairs the method compares; all by default.
+
+        Not asked where the user named the layers.
+        """
+        return pairs
 
     def setup(self, pairing: Pairing) -> None:
         """Check that the method applies to this pair and create what it trains.
 
-        Raises `UsageError`, with the reason and an alternative, when it does not apply.
+        Weights are drawn from torch's generator, which is seeded for this method alone. Raises
+        `UsageError`, with the reason and an alternative, when the method does not apply.
         """
+
+    def start_epoch(self, epoch: int) -> None:
+        """Called before every 0-based epoch, and before what is left of one that is resumed.
+
+        State set here is a function of the epoch; what must survive beyond it is a buffer.
+        """
+
+    def after_step(self) -> None:
+        """Called after every optimizer step, on all processes."""
 
     def forward(self, student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:
         """The term: a float32 scalar, mean over the batch. Runs outside autocast."""
@@ -171,8 +215,7 @@ def methods_table() -> str:
         text = inspect.cleandoc(cls.__doc__)
         source = " ".join(text.partition("Source:")[2].split()) or "-"
         flags = [
-            f"`{o.flag or f'--{name}-{key}'}` {o.help} ({o.default})"
-            for key, o in cls.options().items()
+            f"`{o.flag_of(name, key)}` {o.help} ({o.default})" for key, o in cls.options().items()
         ]
         names = ", ".join(f"`{word}`" for word in (name, *cls.aliases))
         weight = f"{cls.weight_flag} {cls.default_weight:g}"

@@ -8,6 +8,7 @@ from kdfast.models.factory import (
     input_size,
     resolve_name,
 )
+from kdfast.models.heads import ConvHead, DeepHead, LinearHead
 from kdfast.models.inputs import InputAdapter
 from kdfast.models.split import split_at
 from kdfast.models.stages import default_stages, pair_stages
@@ -15,7 +16,10 @@ from kdfast.models.taps import Taps, classifier_name, find_layer, penultimate
 from kdfast.models.weights import checksum, load_weights, read_weights, save_weights, unwrap
 
 __all__ = [
+    "ConvHead",
+    "DeepHead",
     "InputAdapter",
+    "LinearHead",
     "Taps",
     "aliases",
     "architecture",

@@ -16,6 +16,7 @@ from kdfast.data import ImageData
 from kdfast.errors import UsageError
 from kdfast.models import Taps
 from kdfast.training.evaluate import evaluate
+from kdfast.training.keeper import StudentKeeper
 from kdfast.training.loop import Trainer
 from kdfast.training.objective import Objective
 from kdfast.training.run_folder import RunFolder, choose_run, on_main
@@ -57,7 +58,11 @@ def train_classifier(
             preparer(inputs, accelerator, channels_last=options.channels_last),
             run,
             options,
-            metadata(model, options.model_kwargs, data, inputs, parent=None),
+            StudentKeeper(
+                run,
+                metadata(model, options.model_kwargs, data, inputs, parent=None),
+                options.save_epochs,
+            ),
             arguments,
             resume=resume,
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from kdfast.methods import find_method, method_names
+import argparse
+from typing import Any
+
+from kdfast.methods import Option, find_method, method_names
 from kdfast.training.parser import Parser
 from kdfast.training.schedules import SCHEDULES
 from kdfast.training.values import amount, assignment, fraction, natural, number, positive, share
@@ -167,7 +170,6 @@ def distill_flags(parser: Parser) -> None:
         type=amount,
         help="weight of cross-entropy (default: the recipe's, else 1 - alpha with kd, else 1)",
     )
-    flag(group, "--alpha", type=amount, help="weight of kd")
     flag(
         group,
         "--beta",
@@ -196,20 +198,35 @@ def distill_flags(parser: Parser) -> None:
         metavar="FILE.py",
         help="run a Python file of yours that defines methods (command line only)",
     )
-    for name in names:
-        cls = find_method(name)
-        for key, option in cls.options().items():
-            kind = {"choices": option.choices} if option.choices else {"type": type(option.default)}
-            flag(
-                group,
-                option.flag or f"--{name}-{key.replace('_', '-')}",
-                dest=f"{name}.{key}",
-                metavar=None if option.choices else "VALUE",
-                help=f"{name}: {option.help} (default: {option.default})",
-                **kind,
-            )
+    _method_flags(parser, group, names)
     lines = [f"  {name:8} {find_method(name).__doc__.strip().splitlines()[0]}" for name in names]
     parser.epilog = "\n".join(["methods:", *lines, "", parser.epilog or ""])
+
+
+def _method_flags(parser: Parser, group: Any, names: list[str]) -> None:
+    """The flags of the methods' options, with `--alpha`, the weight of kd.
+
+    What several methods call the same is one flag, for all of them that are used.
+    """
+    shared: dict[str, list[tuple[str, str, Option]]] = {"--alpha": []}
+    for name in names:
+        for key, option in find_method(name).options().items():
+            shared.setdefault(option.flag_of(name, key), []).append((name, key, option))
+    for flag, uses in shared.items():
+        said = [f"{name}: {option.help} (default: {option.default})" for name, _, option in uses]
+        if flag == "--alpha":
+            said.insert(0, "kd: weight of the term (default: 0.9)")
+            parser.flag(group, flag, type=amount, help="; ".join(said))
+            continue
+        option = uses[0][2]
+        dest = "method:" + ",".join(f"{name}.{key}" for name, key, _ in uses)
+        if isinstance(option.default, bool):
+            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        elif option.choices:
+            kind = {"choices": option.choices}
+        else:
+            kind = {"type": type(option.default), "metavar": "VALUE"}
+        parser.flag(group, flag, dest=dest, help="; ".join(said), **kind)
 
 
 def training_flags(parser: Parser) -> None:

@@ -23,12 +23,11 @@ from tqdm import tqdm
 
 from kdfast.data import Batch, Loader
 from kdfast.errors import Stopped, UsageError, UserError
-from kdfast.models import save_weights
 from kdfast.seeding import derive_seed, seed_process
 from kdfast.training import checkpoint, journal
 from kdfast.training.checkpoint import Position
-from kdfast.training.evaluate import evaluate
 from kdfast.training.interrupt import Interrupt
+from kdfast.training.keeper import Keeper
 from kdfast.training.objective import Objective
 from kdfast.training.profile import Profile
 from kdfast.training.run_folder import RunFolder, on_main
@@ -52,8 +51,8 @@ class Progress:
 class Trainer:
     """Trains `objective` on `train`, evaluates on `held_out` after every epoch, writes `run`.
 
-    `prepare` maps a loader's uint8 images to the device, normalised; `metadata` goes into every
-    weights file, `arguments` into the run's record. With `resume` it goes on from the newest
+    `prepare` maps a loader's uint8 images to the device, normalised; `keeper` scores and saves what
+    was trained; `arguments` go into the run's record. With `resume` it goes on from the newest
     checkpoint in `run`: on a CPU the end is then bit-identical to that of an uninterrupted run.
     """
 
@@ -66,7 +65,7 @@ class Trainer:
         prepare: Callable[[torch.Tensor], torch.Tensor],
         run: RunFolder,
         options: argparse.Namespace,
-        metadata: dict[str, Any],
+        keeper: Keeper,
         arguments: dict[str, Any],
         *,
         teacher: Teacher | None = None,
@@ -74,7 +73,7 @@ class Trainer:
     ):
         self.accelerator, self.run, self.options = accelerator, run, options
         self.train, self.held_out, self.prepare = train, held_out, prepare
-        self.metadata, self.arguments, self.teacher = metadata, arguments, teacher
+        self.keeper, self.arguments, self.teacher = keeper, arguments, teacher
         layout = torch.channels_last if options.channels_last else torch.preserve_format
         self.objective = objective.to(accelerator.device, memory_format=layout)
         try:
@@ -140,6 +139,7 @@ class Trainer:
     def _run_epoch(self, epoch: int) -> None:
         started = time.perf_counter() - self.progress.seconds
         self.schedule.start_epoch(epoch)
+        self.objective.start_epoch(epoch)
         if self.random_state is not None:
             checkpoint.set_random_state(self.random_state)
             self.random_state = None
@@ -154,11 +154,11 @@ class Trainer:
         scores = self._evaluate(sums, started)
         row = {"epoch": epoch + 1}
         row |= {f"train_{name}": value for name, value in losses.items()}
-        row |= {f"eval_{name}": scores[name] for name in ("loss", "top1", "top5")}
+        row |= {f"eval_{name}": score for name, score in scores.items()}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["images_per_second"] = round(images / trained, 1)
         row["seconds"] = round(time.perf_counter() - started, 3)
-        better = self._remember(row)
+        better = self.keeper.remember(self.history, row)
         self.progress = Progress(Position(epoch + 1), self._no_sums())
         on_main(self.accelerator, lambda: self._close_epoch(row, better))
         self._save()
@@ -209,6 +209,7 @@ class Trainer:
             self.accelerator.clip_grad_norm_(self.objective.parameters(), self.options.clip_grad)
         self.step_optimizer.step()
         self.step_optimizer.zero_grad()
+        self.objective.after_step()
         if self.average is not None and self.accelerator.is_main_process:
             self.average.update(self.objective.student)
 
@@ -216,23 +217,26 @@ class Trainer:
         """Forward and backward; returns total and terms times the images, float64 [1 + terms]."""
         accelerator, portion = self.accelerator, batch.portion
         images = self.prepare(batch.images)
-        labels = batch.labels.to(accelerator.device, non_blocking=True)
+        labels, indices = (
+            tensor.to(accelerator.device, non_blocking=True)
+            for tensor in (batch.labels, batch.indices)
+        )
         taught: tuple = ()
         if self.teacher is not None:
             with accelerator.autocast():
                 taught = self.teacher(images)
         wait = not portion.ends_step
         with accelerator.no_sync(self.step_module) if wait else nullcontext():
-            total, terms, _ = self._forward(images, labels, taught)
+            total, terms, _ = self._forward(images, labels, *taught, indices=indices)
             accelerator.backward(total * portion.weight)
         values = torch.cat([total.detach().reshape(1), terms]).double()
         bad = ~torch.isfinite(values) & torch.isinf(self.first_bad)
         self.first_bad = torch.where(bad, float(step), self.first_bad)
         return values * portion.count
 
-    def _forward(self, images, labels, taught):
+    def _forward(self, images: torch.Tensor, *others: Any, **more: Any):
         try:
-            return self.step_module(images, labels, *taught)
+            return self.step_module(images, *others, **more)
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise UsageError(
@@ -286,43 +290,26 @@ class Trainer:
             torch.distributed.broadcast(tensor, 0)
 
     def _evaluate(self, sums: torch.Tensor, started: float) -> dict[str, float]:
-        student = self.scored.eval()
-
         def before_batch() -> None:
             if number := self.interrupt.agreed():
                 self._stop(number, sums, started)
 
-        return evaluate(
-            lambda x: student(x)[0], self.held_out, self.accelerator, self.prepare, before_batch
+        scored = self.scored.eval()
+        return self.keeper.evaluate(
+            scored, self.held_out, self.accelerator, self.prepare, before_batch
         )
 
-    def _remember(self, row: dict[str, Any]) -> bool:
-        """Keep the last and best scores; returns whether this epoch is the best (first on ties)."""
-        scores = {"epoch": row["epoch"]} | {k: row[f"eval_{k}"] for k in ("top1", "top5", "loss")}
-        best = self.history["best"]
-        better = best is None or scores["top1"] > best["top1"]
-        self.history["last"] = scores
-        if better:
-            self.history["best"] = scores
-        return better
-
     def _close_epoch(self, row: dict[str, Any], better: bool) -> None:
-        options, epoch = self.options, row["epoch"]
-        student = self.scored
-        metadata = self.metadata | {"epoch": epoch, "top1": row["eval_top1"]}
-        save_weights(self.run.weights("last"), student.model, metadata)
-        if better:
-            save_weights(self.run.weights("best"), student.model, metadata)
-        if epoch in options.save_epochs:
-            save_weights(self.run.epoch_weights(epoch), student.model, metadata)
+        self.keeper.save(self.scored, row, better)
         self.run.append_row(row)
         tags = {
             k.replace("_", "/", 1) if k.startswith(("train_", "eval_")) else f"train/{k}": v
             for k, v in row.items()
             if k not in ("epoch", "seconds")
         }
-        self.tracker.log(tags, step=epoch)
-        journal.say(epoch_line(row, self.objective.term_names, options.epochs, self._time_left()))
+        self.tracker.log(tags, step=row["epoch"])
+        terms, epochs = self.objective.term_names, self.options.epochs
+        journal.say(epoch_line(row, terms, epochs, self._time_left()))
 
     def _share_done(self) -> float:
         epoch, step = self.progress.position

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from kdfast.errors import UsageError, unknown
 from kdfast.methods import Method, Option, Outputs, Pairing, find_method
 from kdfast.models import Taps, default_stages, pair_stages, penultimate
+from kdfast.seeding import derive_seed, local_randomness
 
 
 @dataclass
@@ -70,14 +71,17 @@ def choose_methods(options: argparse.Namespace) -> Choice:
             for name in names:
                 weights[name] = together.get(find_method(name).weight_flag, weights[name])
     for dest, value in vars(options).items():
-        name, dot, key = dest.partition(".")
-        if not dot or value is None:
-            continue
-        if name in chosen:
-            chosen[name][key] = value
-        elif dest in options.given:
-            raise UsageError(f"--{name}-{key} is given, but method {name} is not used")
-    _apply_weight_flags(options, weights)
+        if dest.startswith("method:") and value is not None:
+            flag = [tuple(use.split(".")) for use in dest.removeprefix("method:").split(",")]
+            used = [(name, key) for name, key in flag if name in chosen]
+            for name, key in used:
+                chosen[name][key] = value
+            if not used and dest in options.given:
+                name, key = flag[0]
+                said = find_method(name).options()[key].flag_of(name, key)
+                methods = " or ".join(name for name, _ in flag)
+                raise UsageError(f"{said} is given, but method {methods} is not used")
+    _apply_weight_flags(options, weights, chosen)
     if options.gamma is not None:
         gamma = options.gamma
     if gamma is None:
@@ -112,12 +116,23 @@ def _checked(where: str, layer: dict) -> dict[frozenset, dict]:
     return found
 
 
-def _apply_weight_flags(options: argparse.Namespace, weights: dict[str, float]) -> None:
+def _apply_weight_flags(
+    options: argparse.Namespace, weights: dict[str, float], chosen: dict[str, dict[str, Any]]
+) -> None:
     betas = [name for name in weights if find_method(name).weight_flag == "beta"]
     if options.alpha is not None:
-        if "kd" not in weights:
+        takers = [
+            (name, key)
+            for name in weights
+            for key, option in find_method(name).options().items()
+            if option.flag == "--alpha"
+        ]
+        if "kd" not in weights and not takers:
             raise UsageError("--alpha is the weight of kd, which is not used")
-        weights["kd"] = options.alpha
+        if "kd" in weights:
+            weights["kd"] = options.alpha
+        for name, key in takers:
+            chosen[name][key] = options.alpha
     for text in options.beta or ():
         name, equals, value = text.rpartition("=")
         if not equals and len(betas) != 1:
@@ -131,11 +146,15 @@ def _apply_weight_flags(options: argparse.Namespace, weights: dict[str, float]) 
 
 @dataclass(frozen=True)
 class TapPlan:
-    """Which layers of both networks are tapped, and which positions each method reads."""
+    """Which layers of both networks are tapped, and which positions each method reads.
+
+    `head_positions` are those of `teacher_layers` that the teacher's heads are mounted on.
+    """
 
     student_layers: list[str]
     teacher_layers: list[str]
     views: dict[str, tuple[list[int], list[int]]]
+    head_positions: list[int]
 
 
 def plan_taps(
@@ -144,8 +163,12 @@ def plan_taps(
     teacher: nn.Module,
     student_layers: Sequence[str] | None = None,
     teacher_layers: Sequence[str] | None = None,
+    head_layers: Sequence[str] = (),
 ) -> TapPlan:
-    """Union of the layers that `methods` watch; the two lists override stages, pair by pair."""
+    """Union of the layers that `methods` watch; the two lists override stages, pair by pair.
+
+    `head_layers` are the layers of the teacher that its heads are mounted on.
+    """
     if (student_layers is None) != (teacher_layers is None):
         raise UsageError("--student-layers and --teacher-layers are given together or not at all")
     if student_layers is not None and len(student_layers) != len(teacher_layers):
@@ -156,12 +179,13 @@ def plan_taps(
     theirs: list[str] = []
     views = {}
     for method in methods:
-        pairs = _pairs(method.taps(), student, teacher, student_layers, teacher_layers)
+        mounted = list(head_layers) if method.heads else None
+        pairs = _pairs(method, student, teacher, student_layers, teacher_layers, mounted)
         views[method.name] = (
             [_position(ours, layer) for _, layer in pairs],
             [_position(theirs, layer) for layer, _ in pairs],
         )
-    return TapPlan(ours, theirs, views)
+    return TapPlan(ours, theirs, views, [_position(theirs, layer) for layer in head_layers])
 
 
 def _position(layers: list[str], layer: str) -> int:
@@ -170,22 +194,24 @@ def _position(layers: list[str], layer: str) -> int:
     return layers.index(layer)
 
 
-def _pairs(taps: str, student, teacher, student_layers, teacher_layers) -> list[tuple[str, str]]:
-    if taps == "none":
-        return []
-    if taps == "penultimate":
-        return [(penultimate(teacher), penultimate(student))]
+def _pairs(
+    method: Method, student, teacher, student_layers, teacher_layers, mounted
+) -> list[tuple[str, str]]:
+    taps = method.taps()
+    last = [(penultimate(teacher), penultimate(student))] if "penultimate" in taps else []
+    if "stages" not in taps:
+        return last
     if student_layers is not None:
-        return list(zip(teacher_layers, student_layers, strict=True))
-    pairs = pair_stages(default_stages(teacher), default_stages(student))
+        return [*zip(teacher_layers, student_layers, strict=True), *last]
+    pairs = pair_stages(mounted or default_stages(teacher), default_stages(student))
     if taps == "stem+stages":
         stems = default_stages(teacher, stem=True)[0], default_stages(student, stem=True)[0]
         pairs = [*([stems] if stems != pairs[0] else []), *pairs]
-    return pairs
+    return [*method.select(pairs), *last]
 
 
 def _require_maps(method: Method, whose: str, layers: Sequence[str], shapes: Sequence) -> None:
-    for layer, shape in zip(layers, shapes, strict=True):
+    for layer, shape in zip(layers, shapes, strict=False):
         if len(shape) != 4:
             raise UsageError(
                 f"method {method.name} needs feature maps, but {whose} layer {layer} passes "
@@ -196,8 +222,9 @@ def _require_maps(method: Method, whose: str, layers: Sequence[str], shapes: Seq
 class Objective(nn.Module):
     """Student and methods as one module, so that one wrapper (DDP, compile) holds all that trains.
 
-    `forward(images, labels, teacher_logits, teacher_features)` returns the total (float32 scalar),
-    the unweighted terms [len(term_names)] without gradient, and the student's logits [B, C].
+    `forward(images, labels, teacher_logits, teacher_features, teacher_heads, indices)` returns the
+    total (float32 scalar), the unweighted terms [len(term_names)] without gradient, and the
+    student's logits [B, C].
     """
 
     def __init__(
@@ -222,8 +249,14 @@ class Objective(nn.Module):
         student_shapes: Sequence[torch.Size],
         teacher_shapes: Sequence[torch.Size],
         classes: int,
+        *,
+        seed: int = 0,
+        **run: Any,
     ) -> None:
-        """Let every method check its pair of networks and create what it trains."""
+        """Let every method check its pair of networks and create what it trains.
+
+        `run` are further fields of `Pairing`. A method's weights depend on (seed, name) alone.
+        """
         for method in self.methods:
             ours, theirs = self.views[method.name]
             pairing = Pairing(
@@ -232,11 +265,24 @@ class Objective(nn.Module):
                 tuple(student_shapes[i] for i in ours),
                 tuple(teacher_shapes[i] for i in theirs),
                 classes,
+                seed=seed,
+                **run,
             )
-            if method.taps() in ("stages", "stem+stages"):
-                _require_maps(method, "student", pairing.student_layers, pairing.student_shapes)
-                _require_maps(method, "teacher", pairing.teacher_layers, pairing.teacher_shapes)
-            method.setup(pairing)
+            if "stages" in method.taps():
+                count = len(pairing.student_layers) - ("penultimate" in method.taps())
+                for whose in ("student", "teacher"):
+                    layers = getattr(pairing, f"{whose}_layers")[:count]
+                    _require_maps(method, whose, layers, getattr(pairing, f"{whose}_shapes"))
+            with local_randomness(derive_seed(seed, "method", method.name)):
+                method.setup(pairing)
+
+    def start_epoch(self, epoch: int) -> None:
+        for method in self.methods:
+            method.start_epoch(epoch)
+
+    def after_step(self) -> None:
+        for method in self.methods:
+            method.after_step()
 
     def forward(
         self,
@@ -244,8 +290,11 @@ class Objective(nn.Module):
         labels: torch.Tensor,
         teacher_logits: torch.Tensor | None = None,
         teacher_features: tuple[torch.Tensor, ...] = (),
+        teacher_heads: tuple[tuple[torch.Tensor, torch.Tensor], ...] = (),
+        indices: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits, features = self.student(images)
+        mixed = torch.is_autocast_enabled(images.device.type)
         # Losses accumulate in float32 whatever the networks ran in.
         with torch.autocast(images.device.type, enabled=False):
             logits = logits.float()
@@ -253,11 +302,11 @@ class Objective(nn.Module):
             total, terms = self.gamma * ce, [ce]
             for method in self.methods:
                 ours, theirs = self.views[method.name]
-                term = method(
-                    Outputs(logits, tuple(features[i] for i in ours)),
-                    Outputs(teacher_logits.float(), tuple(teacher_features[i] for i in theirs)),
-                    labels,
-                )
+                student = Outputs(logits, tuple(features[i] for i in ours), indices)
+                taught = tuple(teacher_features[i] for i in theirs)
+                teacher = Outputs(teacher_logits.float(), taught, indices, teacher_heads)
+                with torch.autocast(images.device.type, enabled=mixed and method.under_autocast):
+                    term = method(student, teacher, labels)
                 total = total + self.weights[method.name] * term
                 terms.append(term)
         return total, torch.stack([term.detach().float() for term in terms]), logits.detach()

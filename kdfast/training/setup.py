@@ -70,8 +70,10 @@ def start(options: argparse.Namespace) -> Accelerator:
     # Cross-entropy is in the graph at any gamma, so every parameter of a student is used.
     # On a CPU, looking for unused ones keeps DDP from regrouping gradients after the first step: a
     # resumed run of three or more processes would add them in another order.
+    # Buffers need no broadcast in every step: running statistics are the main process's at the end
+    # of an epoch, and a contrast memory is the same everywhere.
     wrapper = DistributedDataParallelKwargs(
-        gradient_as_bucket_view=True, find_unused_parameters=not gpu
+        broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=not gpu
     )
     warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
     options.mixed_precision = precision  # what is recorded is what ran, whoever chose it
@@ -338,7 +340,7 @@ def plain(options: argparse.Namespace, **resolved: Any) -> dict[str, Any]:
     content = {
         key.replace("_", "-"): dict(value) if key.endswith("_kwargs") else value
         for key, value in sorted(vars(options).items())
-        if key not in hidden | replaced and "." not in key and value is not None
+        if key not in hidden | replaced and ":" not in key and value is not None
     }
     return content | resolved
 

@@ -1,0 +1,69 @@
+"""What a run scores and saves after every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from kdfast.data import Loader
+from kdfast.models import save_weights
+from kdfast.training.evaluate import evaluate
+from kdfast.training.run_folder import RunFolder
+
+SCORES = ("top1", "top5", "loss")
+
+
+class Keeper(Protocol):
+    """Scores and saves `scored`, the objective's student or the average of its weights."""
+
+    def evaluate(
+        self,
+        scored: nn.Module,
+        loader: Loader,
+        accelerator: Accelerator,
+        prepare: Callable[[torch.Tensor], torch.Tensor],
+        before_batch: Callable[[], None],
+    ) -> dict[str, float]:
+        """`loss`, `top1`, `top5` and what else the summary is to hold, each as `eval_<name>`."""
+
+    def remember(self, history: dict[str, Any], row: dict[str, Any]) -> bool:
+        """Keep the scores of summary row `row` in `history`; whether it is the best epoch."""
+
+    def save(self, scored: nn.Module, row: dict[str, Any], better: bool) -> None:
+        """Write the weights of the epoch of `row`; on the main process only."""
+
+
+class StudentKeeper:
+    """One network: `last.safetensors`, `best.safetensors`, and `weights/` of `save_epochs`.
+
+    `metadata` goes into each file. The best epoch is that of the highest top-1, the first on ties.
+    """
+
+    def __init__(self, run: RunFolder, metadata: dict[str, Any], save_epochs: Collection[int] = ()):
+        self.run, self.metadata, self.save_epochs = run, metadata, save_epochs
+
+    def evaluate(self, scored, loader, accelerator, prepare, before_batch) -> dict[str, float]:
+        scores = evaluate(lambda x: scored(x)[0], loader, accelerator, prepare, before_batch)
+        return {name: scores[name] for name in ("loss", "top1", "top5")}
+
+    def remember(self, history: dict[str, Any], row: dict[str, Any]) -> bool:
+        scores = {"epoch": row["epoch"]} | {name: row[f"eval_{name}"] for name in SCORES}
+        better = history["best"] is None or scores["top1"] > history["best"]["top1"]
+        history["last"] = scores
+        if better:
+            history["best"] = scores
+        return better
+
+    def save(self, scored: nn.Module, row: dict[str, Any], better: bool) -> None:
+        epoch = row["epoch"]
+        metadata = self.metadata | {"epoch": epoch, "top1": row["eval_top1"]}
+        names = ["last"] + ["best"] * better
+        paths = [self.run.weights(name) for name in names]
+        if epoch in self.save_epochs:
+            paths.append(self.run.epoch_weights(epoch))
+        for path in paths:
+            save_weights(path, scored.model, metadata)
