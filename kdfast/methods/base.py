@@ -204,6 +204,12 @@ def find_method(name: str) -> type[Method]:
     return _METHODS[name]
 
 
+def expand(word: str) -> list[str]:
+    """The names of the methods that a word of `--method` stands for; none for `none`, `base`."""
+    words = {"none": [], "base": [], "at_st": ["at", "kd"]}.get(word, [word])
+    return [find_method(word).name for word in words]
+
+
 def methods_table() -> str:
     """All methods as a Markdown table: name, term, formula, default weight, options, source."""
     rows = [

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdfast.errors import UsageError, unknown
-from kdfast.methods import Method, Option, Outputs, Pairing, find_method
+from kdfast.methods import Method, Option, Outputs, Pairing, expand, find_method
 from kdfast.models import Taps, default_stages, pair_stages, penultimate
 from kdfast.seeding import derive_seed, local_randomness
 
@@ -41,10 +41,7 @@ def choose_methods(options: argparse.Namespace) -> Choice:
     `beta`, `gamma`; a single method's gamma holds in combinations too. `refuse` is the reason for
     which a recipe cannot serve a method.
     """
-    words: list[str] = []
-    for word in options.method or ["none"]:
-        words += {"none": [], "base": [], "at_st": ["at", "kd"]}.get(word, [word])
-    names = list(dict.fromkeys(find_method(word).name for word in words))
+    names = list(dict.fromkeys(name for word in options.method or () for name in expand(word)))
     weights = {name: find_method(name).default_weight for name in names}
     chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
     gamma = None

@@ -131,7 +131,7 @@ class Inputs:
 def choose_inputs(options: argparse.Namespace, data: ImageData, model: nn.Module) -> Inputs:
     """Flags first, then the set's own size and figures, then what the model was built for.
 
-    Weights that exist already bring their own mean and std along.
+    Weights that exist already bring their own mean and std along; a recipe's are those of its set.
     """
     config = resolve_data_config(model=model) if hasattr(model, "pretrained_cfg") else {}
     side = data.image_size
@@ -150,9 +150,13 @@ def choose_inputs(options: argparse.Namespace, data: ImageData, model: nn.Module
         path = weights_path(options.initial_checkpoint)
         recorded = recorded_inputs(path, read_weights(path)[1])
         figures = (recorded.mean, recorded.std) if recorded else figures
-    elif data.mean is not None and not options.pretrained:
-        figures = data.mean, data.std
-    mean, std = options.mean or figures[0], options.std or figures[1]
+    elif not options.pretrained:
+        own = options.mean or data.mean, options.std or data.std
+        figures = tuple(a or b for a, b in zip(own, figures, strict=True))
+    mean, std = (
+        getattr(options, name) if name in options.given else figure
+        for name, figure in zip(("mean", "std"), figures, strict=True)
+    )
     if min(std) <= 0:
         raise UsageError(f"--std must be above 0, got {' '.join(map(str, std))}")
     return Inputs(size, tuple(mean), tuple(std))
