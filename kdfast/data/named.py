@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdfast.data.arrays import cifar, digits, fashion_mnist
-from kdfast.data.folders import folder
+from kdfast.data.folders import folder, imagenet
 from kdfast.data.sources import FirstOf, ImageData, TimmSource
+from kdfast.data.tiny_imagenet import tiny_imagenet
 from kdfast.errors import UsageError, UserError, unknown
 
 _NAMED: dict[str, Callable[..., ImageData]] = {
@@ -16,6 +17,8 @@ _NAMED: dict[str, Callable[..., ImageData]] = {
     "fashion-mnist": fashion_mnist,
     "cifar10": cifar("cifar10", 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": cifar("cifar100", 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "tiny-imagenet": tiny_imagenet,
+    "imagenet": imagenet,
     "folder": folder,
 }
 

@@ -1,13 +1,15 @@
 """What an image set is made of: splits that read one image by its index.
 
-Every source answers `len(source)`, `source.read(index) -> (PIL image, label)` and
-`source.describe(index)`, the words an error uses for that image.
+Every source answers `len(source)`, `source.read(index) -> (PIL image, label)`, `source.labels()`
+and `source.describe(index)`, the words an error uses for that image.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +20,10 @@ from kdfast.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# What Pillow raises for damaged files of one format or another; `UnidentifiedImageError` is an
+# OSError.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
 
 class Source(Protocol):
     """One split of an image set."""
@@ -25,7 +31,16 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """The image as stored (any mode) and its class index."""
+        """The image as stored (any mode) and its class index.
+
+        Raises one of `UNREADABLE` for a missing or damaged image.
+        """
+
+    def labels(self) -> list[int]:
+        """The class indices of all images in order, a list of the caller's own.
+
+        Decodes no image unless nothing else tells; raises `UserError` where that one is damaged.
+        """
 
     def describe(self, index: int) -> str:
         """What to call image `index` in an error."""
@@ -50,41 +65,39 @@ class ImageData:
     in_memory: bool = False
 
 
+def unreadable(source: Source, index: int, error: Exception) -> UserError:
+    """The line for an image that `source.read(index)` failed on with `error`."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"cannot read {source.describe(index)}: {reason}; replace or remove the file")
+
+
 class ArraySource:
     """Images held as uint8 [N, H, W] or [N, H, W, 3]."""
 
     def __init__(self, images: np.ndarray, labels: Sequence[int], name: str):
-        self.images, self.labels, self.name = images, [int(label) for label in labels], name
+        self.images, self.targets, self.name = images, [int(label) for label in labels], name
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), self.labels[index]
+        return Image.fromarray(self.images[index]), self.targets[index]
+
+    def labels(self) -> list[int]:
+        return list(self.targets)
 
     def describe(self, index: int) -> str:
         return f"{self.name} image {index}"
 
 
-class FolderSource:
-    """torchvision's ImageFolder: one folder a class."""
+class FileSource:
+    """Image files and their class indices; with `side`, every image must have side x side pixels.
 
-    def __init__(self, root: Path):
-        from torchvision.datasets import ImageFolder
+    Files are decoded at every reading, by the loader's workers: a large set needs no memory.
+    """
 
-        if not root.is_dir():
-            raise UserError(
-                f"no image folder at {root}; give --data-dir a folder with train/ and val/, "
-                "each with one folder a class"
-            )
-        try:
-            folder = ImageFolder(root)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"cannot use {root} as an image folder: {error}; it needs one folder a class with "
-                "images inside"
-            ) from None
-        self.samples, self.class_names = folder.samples, folder.classes
+    def __init__(self, samples: Sequence[tuple[str, int]], side: int | None = None):
+        self.samples, self.side = samples, side
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -93,10 +106,54 @@ class FolderSource:
         path, label = self.samples[index]
         with Image.open(path) as image:
             image.load()
+        if self.side and image.size != (self.side, self.side):
+            found, due = f"{image.width}x{image.height}", f"{self.side}x{self.side}"
+            raise ValueError(f"it has {found} pixels, not {due} (--dataset folder takes any size)")
         return image, label
+
+    def labels(self) -> list[int]:
+        return [label for _, label in self.samples]
 
     def describe(self, index: int) -> str:
         return self.samples[index][0]
+
+
+class FolderSource(FileSource):
+    """One folder a class, in the order of torchvision's ImageFolder: classes sorted, files too.
+
+    `classes` are the folders to read, in the order of their indices; by default all.
+
+    Raises `UserError` when there is no such folder, no class in it or no image in a class.
+    """
+
+    def __init__(self, root: Path, classes: Sequence[str] | None = None, side: int | None = None):
+        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+        if not root.is_dir():
+            raise UserError(
+                f"no image folder at {root}; give --data-dir a folder with train/ and val/, "
+                "each with one folder a class"
+            )
+        self.class_names = list(classes or folders_in(root))
+        if not self.class_names:
+            raise UserError(
+                f"{root} has no folders; it needs one folder a class with images inside"
+            )
+        indices = {name: i for i, name in enumerate(self.class_names)}
+        super().__init__(make_dataset(root, indices, IMG_EXTENSIONS, allow_empty=True), side)
+        full = set(self.labels())
+        empty = [name for name, i in indices.items() if i not in full]
+        if empty:
+            others = f" and {len(empty) - 1} other classes" if len(empty) > 1 else ""
+            raise UserError(
+                f"no image in {root / empty[0]}{others}; every class needs a folder with images "
+                f"inside ({' '.join(IMG_EXTENSIONS)})"
+            )
+
+
+def folders_in(root: Path) -> list[str]:
+    """The names of the folders in `root`, sorted."""
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
 
 
 class TimmSource:
@@ -121,6 +178,33 @@ class TimmSource:
             image.load()
         return image, label
 
+    def labels(self) -> list[int]:
+        return list(self._labels)
+
+    @cached_property
+    def _labels(self) -> list[int]:
+        if self.reader is not None:
+            return [int(label) for label in self.reader.dataset[self.reader.label_key][:]]
+        targets = np.asarray(getattr(self.dataset, "targets", None))
+        # QMNIST's have more columns than the label.
+        if targets.shape == (len(self),) and np.issubdtype(targets.dtype, np.integer):
+            return targets.tolist()
+        return self._labels_by_reading()
+
+    def _labels_by_reading(self) -> list[int]:
+        """From every sample; torchvision's sets of files are spared the decoding."""
+        dataset = copy.copy(self.dataset)
+        if hasattr(dataset, "loader"):
+            blank = Image.new("RGB", (1, 1))
+            dataset.loader = lambda path: blank
+        labels = []
+        for index in range(len(self)):
+            try:
+                labels.append(int(dataset[index][1]))
+            except UNREADABLE as error:
+                raise unreadable(self, index, error) from None
+        return labels
+
     def describe(self, index: int) -> str:
         return f"{self.name} image {index}"
 
@@ -136,6 +220,9 @@ class FirstOf:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         return self.source.read(index)
+
+    def labels(self) -> list[int]:
+        return self.source.labels()[: self.count]
 
     def describe(self, index: int) -> str:
         return self.source.describe(index)
