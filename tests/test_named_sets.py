@@ -419,3 +419,42 @@ def test_labels_behind_an_unreadable_image():
 
     with pytest.raises(UserError, match="cannot read torch/new image 0: no such image"):
         TimmSource(Damaged(), "torch/new").labels()
+
+
+def hub_folder(root: Path, columns: dict[str, list]) -> Path:
+    """A Hugging Face set of six images with these columns beside them."""
+    import datasets
+
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    images = {"image": [{"bytes": file.getvalue(), "path": None}] * 6}
+    made = datasets.Dataset.from_dict(images | columns).cast_column("image", datasets.Image())
+    (root / "data").mkdir(parents=True)
+    for split in ("train", "validation"):
+        made.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+@pytest.mark.parametrize(
+    "columns, words",
+    [
+        ({}, ["no column 'label'", "image"]),
+        ({"fine_label": [0, 1, 2] * 2}, ["no column 'label'", "fine_label"]),
+        ({"label": ["cat", "dog"] * 3}, ["'label'", "string"]),
+        ({"label": [[0, 1]] * 6}, ["'label'", "List"]),
+        ({"label": [0, None, 1] * 2}, ["'label'", "image 1"]),
+    ],
+    ids=["none", "other name", "words", "lists", "holes"],
+)
+def test_hugging_face_sets_without_class_indices(tmp_path, columns, words):
+    folder = hub_folder(tmp_path / "hub", columns)
+    with pytest.raises(UserError) as refusal:
+        open_data(f"hfds/{folder}", tmp_path / "cache", classes=3)
+    line = str(refusal.value)
+    assert [word for word in (str(folder), *words) if word not in line] == [], line
+
+
+def test_hugging_face_sets_with_plain_numbers(tmp_path):
+    folder = hub_folder(tmp_path / "hub", {"label": [0, 2, 1] * 2})
+    data = open_data(f"hfds/{folder}", tmp_path / "cache", classes=3)
+    assert data.eval.labels() == [data.eval.read(i)[1] for i in range(6)] == [0, 2, 1] * 2

@@ -46,6 +46,8 @@ def _from_timm(
             reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
             kind = UsageError if isinstance(error, AssertionError) else UserError
             raise kind(f"timm cannot open {name} split '{split}': {reason}") from None
+        if getattr(dataset, "reader", None) is not None:
+            _check_label_column(dataset.reader, f"{name} split '{split}'")
         return TimmSource(dataset, name)
 
     train = open_split(splits[0] or "train")
@@ -55,6 +57,24 @@ def _from_timm(
     if not found:
         raise UsageError(f"{name} does not say how many classes it has; give --num-classes")
     return ImageData(name, train, held_out, found)
+
+
+def _check_label_column(reader, where: str) -> None:
+    """Refuse a Hugging Face set whose rows do not all have a class index."""
+    table, key = reader.dataset, reader.label_key
+    remedy = (
+        "kdfast reads class indices from there; prepare a copy of the set, or a --dataset folder"
+    )
+    if key not in table.column_names:
+        names = ", ".join(table.column_names)
+        raise UserError(f"{where} has no column '{key}' among {names}; {remedy}")
+    kind = getattr(table.features[key], "dtype", type(table.features[key]).__name__)
+    if not kind.startswith(("int", "uint", "bool")):
+        raise UserError(f"{where}: column '{key}' holds {kind} values; {remedy}")
+    labels = table[key][:]
+    if None in labels:
+        row = labels.index(None)
+        raise UserError(f"{where}: column '{key}' has no value for image {row}; {remedy}")
 
 
 def dataset_names() -> list[str]:
