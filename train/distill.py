@@ -59,6 +59,7 @@ from kdfast.training.setup import (
     arguments_of,
     build_model,
     choose_inputs,
+    load_checkpoint,
     load_data,
     make_loaders,
     metadata,
@@ -235,7 +236,7 @@ def load_teacher(options: argparse.Namespace, data: ImageData) -> tuple[nn.Modul
         **kwargs,
     )
     if path is not None:
-        load_weights(model, path)
+        load_checkpoint(model, path)
     if fed is None:
         own = argparse.Namespace(**vars(options))
         own.pretrained, own.initial_checkpoint = options.teacher_pretrained, None
