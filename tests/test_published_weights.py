@@ -123,16 +123,143 @@ class ForeignVGG(nn.Module):
         return self.out(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
 
 
-def randomise(network):
-    """Statistics and scales of a trained network, so that a pair of exchanged ones shows."""
+class Plain(nn.Module):
+    """Convs with their norms one after another: `layers` are (in, out, kernel, stride, groups)."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.pairs = nn.ModuleList()
+        for in_chs, chs, kernel, stride, groups in layers:
+            layer = nn.Conv2d(in_chs, chs, kernel, stride, kernel // 2, groups=groups, bias=False)
+            self.pairs.append(nn.Sequential(layer, nn.BatchNorm2d(chs)))
+
+
+def interleave(x, groups):
+    """Channel (group, member) goes to (member, group)."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class Narrowing(Plain):
+    """The bottleneck of a ResNet-50."""
+
+    def __init__(self, in_chs, chs, stride):
+        mid = chs // 4
+        layers = [(in_chs, mid, 1, 1, 1), (mid, mid, 3, stride, 1), (mid, chs, 1, 1, 1)]
+        super().__init__(*layers, *([(in_chs, chs, 1, stride, 1)] if in_chs != chs else []))
+
+    def forward(self, x):
+        first, second, third, *projection = self.pairs
+        y = third(F.relu(second(F.relu(first(x)))))
+        return F.relu(y + (projection[0](x) if projection else x))
+
+
+class Inverted(Plain):
+    """The block of MobileNetV2."""
+
+    def __init__(self, in_chs, chs, stride, expansion):
+        mid = expansion * in_chs
+        super().__init__((in_chs, mid, 1, 1, 1), (mid, mid, 3, stride, mid), (mid, chs, 1, 1, 1))
+
+    def forward(self, x):
+        first, second, third = self.pairs
+        y = third(F.relu(second(F.relu(first(x)))))
+        return x + y if x.shape == y.shape else y
+
+
+class Grouped(Plain):
+    """The unit of ShuffleNet V1."""
+
+    def __init__(self, in_chs, chs, stride):
+        own = chs - in_chs if stride == 2 else chs
+        mid, self.groups = own // 4, 1 if in_chs == 24 else 3
+        super().__init__(
+            (in_chs, mid, 1, 1, self.groups), (mid, mid, 3, stride, mid), (mid, own, 1, 1, 3)
+        )
+
+    def forward(self, x):
+        first, second, third = self.pairs
+        y = third(F.relu(second(interleave(F.relu(first(x)), self.groups))))
+        if y.shape == x.shape:
+            return F.relu(y + x)
+        return F.relu(torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1))
+
+
+class Halves(Plain):
+    """The units of ShuffleNet V2."""
+
+    def __init__(self, in_chs, chs, stride):
+        half = chs // 2
+        deep = in_chs if stride == 2 else half
+        branch = [(deep, half, 1, 1, 1), (half, half, 3, stride, half), (half, half, 1, 1, 1)]
+        shallow = [(in_chs, in_chs, 3, 2, in_chs), (in_chs, half, 1, 1, 1)]
+        super().__init__(*(shallow if stride == 2 else []), *branch)
+
+    def forward(self, x):
+        *shallow, first, second, third = self.pairs
+        left, right = (x, x) if shallow else (x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :])
+        if shallow:
+            left = F.relu(shallow[1](shallow[0](left)))
+        right = F.relu(third(second(F.relu(first(right)))))
+        return interleave(torch.cat([left, right], 1), 2)
+
+
+class ForeignNet(nn.Module):
+    """Stem, units, perhaps one more conv, linear; `stem` and `last` are those of `Plain`."""
+
+    def __init__(self, stem, units, last, features):
+        super().__init__()
+        self.stem, self.units = Plain(stem), nn.Sequential(*units)
+        self.last = Plain(last) if last else None
+        self.out = nn.Linear(features, 10)
+
+    def forward(self, x):
+        x = self.units(F.relu(self.stem.pairs[0](x)))
+        if self.last is not None:
+            x = F.relu(self.last.pairs[0](x))
+        return self.out(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def units(unit, widths, depths, strides, *more):
+    """A unit with the stride for each stage, then those of stride 1."""
+    rows = zip(pairwise(widths), depths, strides, *more, strict=True)
+    return [
+        unit(chs if j else in_chs, chs, 1 if j else stride, *rest)
+        for (in_chs, chs), depth, stride, *rest in rows
+        for j in range(depth)
+    ]
+
+
+def foreign_resnet50():
+    stages = units(Narrowing, (64, 256, 512, 1024, 2048), (3, 4, 6, 3), (1, 2, 2, 2))
+    return ForeignNet((3, 64, 3, 1, 1), stages, None, 2048)
+
+
+def foreign_mobilenet():
+    widths, depths = (16, 8, 12, 16, 32, 48, 80, 160), (1, 2, 3, 4, 3, 3, 1)
+    stages = units(Inverted, widths, depths, (1, 1, 2, 2, 1, 2, 1), (1, 6, 6, 6, 6, 6, 6))
+    return ForeignNet((3, 16, 3, 2, 1), stages, (160, 1280, 1, 1, 1), 1280)
+
+
+def foreign_shufflenet1():
+    stages = units(Grouped, (24, 240, 480, 960), (4, 8, 4), (2, 2, 2))
+    return ForeignNet((3, 24, 1, 1, 1), stages, None, 960)
+
+
+def foreign_shufflenet2():
+    stages = units(Halves, (24, 116, 232, 464), (4, 8, 4), (2, 2, 2))
+    return ForeignNet((3, 24, 1, 1, 1), stages, (464, 1024, 1, 1, 1), 1024)
+
+
+def randomise(network, side):
+    """Scales of a trained network, statistics of some images: no two layers may be exchanged."""
     generator = torch.Generator().manual_seed(1)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight.data, module.running_var):
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            for tensor in (module.bias.data, module.running_mean):
-                tensor.normal_(0, 0.1, generator=generator)
-            module.num_batches_tracked.fill_(7)
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.normal_(0, 0.3, generator=generator)
+            module.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.randn(4, 3, side, side, generator=generator))
     return network.eval()
 
 
@@ -142,6 +269,10 @@ FOREIGN = {
     "resnet": ("cifar_resnet20", {}, lambda: ForeignResNet((16, 16, 32, 64), 3, 10)),
     "resnet8x4": ("cifar_resnet8x4", {}, lambda: ForeignResNet((32, 64, 128, 256), 1, 10)),
     "resnet18": ("cifar_resnet18", {}, lambda: ForeignResNet((64, 64, 128, 256, 512), 2, 10)),
+    "resnet50": ("cifar_resnet50", {}, foreign_resnet50),
+    "mobilenet": ("cifar_mobilenetv2_half", {}, foreign_mobilenet),
+    "shufflenet 1": ("cifar_shufflenetv1", {}, foreign_shufflenet1),
+    "shufflenet 2": ("cifar_shufflenetv2", {}, foreign_shufflenet2),
     "wrn": ("cifar_wrn16_2", {}, lambda: ForeignWide(Wide, 2, 2, 10)),
     "wrn narrow": ("cifar_wrn16_1", {}, lambda: ForeignWide(Wide, 1, 2, 10)),
     "wrn dih": ("cifar_wrn28_2", {"form": "dih"}, lambda: ForeignWide(Biased, 2, 4, 10)),
@@ -154,14 +285,17 @@ FOREIGN = {
 def test_foreign_names_load_by_order(family, tmp_path):
     torch.manual_seed(0)
     name, kwargs, build = FOREIGN[family]
-    network = randomise(build())
+    side = 32 if "vgg" in family else 16
+    network = randomise(build(), side)
     state = {f"module.{key}": value for key, value in network.state_dict().items()}
     torch.save({"epoch": 240, "model": state, "best_acc": torch.tensor(75.6)}, tmp_path / "a.pth")
     model = create_model(name, 10, **kwargs)
     assert load_weights(model, tmp_path / "a.pth") == {"matched_by_order": True}
-    x = torch.randn(2, 3, 32, 32)
+    x = torch.randn(2, 3, side, side)
     with torch.no_grad():
-        assert torch.equal(model.eval()(x), network(x))
+        logits = network(x)
+        assert torch.equal(model.eval()(x), logits)
+    assert (logits[0] - logits[1]).abs().max() > 0.01
 
 
 # Names of the CRD benchmark's own files, first to last: those of these families are ours.

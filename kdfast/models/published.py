@@ -43,7 +43,7 @@ def misfit(own: State, theirs: State) -> str | None:
     """Why the entries of `theirs` are not those of `own` in order; None when they are."""
     ours, others = _signatures(own), _signatures(theirs)
     if ours != others:
-        return _class_counts(own, theirs) or _left_over(own, theirs, ours, others)
+        return _class_counts(ours, others) or _left_over(own, theirs, ours, others)
     for name, other in zip(own, theirs, strict=True):
         if name != other and (other in own or name in theirs):
             return f"the file has {other} in the place where the model has {name}"
@@ -66,17 +66,19 @@ def _signatures(state: State) -> list[tuple]:
     return found
 
 
-def _class_counts(own: State, theirs: State) -> str | None:
+def _class_counts(ours: list[tuple], others: list[tuple]) -> str | None:
     """The refusal of lists that differ in the number of classes alone."""
-    if len(own) != len(theirs):
+    widths = [entries[-1][1] for entries in (ours, others)]  # the shapes of the last biases
+    if any(len(width) != 1 for width in widths) or _without_classes(ours) != _without_classes(
+        others
+    ):
         return None
-    pairs = list(zip(own.values(), theirs.values(), strict=True))
-    differ = [i for i, (a, b) in enumerate(pairs) if a.shape != b.shape]
-    last = [len(pairs) - 2, len(pairs) - 1]
-    if differ != last or any(a.shape[1:] != b.shape[1:] for a, b in pairs[-2:]):
-        return None
-    ours, others = pairs[-1]
-    return f"the checkpoint has {others.numel()} classes, the model {ours.numel()}"
+    return f"the checkpoint has {widths[1][0]} classes, the model {widths[0][0]}"
+
+
+def _without_classes(entries: list[tuple]) -> list[tuple]:
+    last = [(kind, shape[1:], *rest) for kind, shape, *rest in entries[-2:]]
+    return [*entries[:-2], *last]
 
 
 def _left_over(own: State, theirs: State, ours: list[tuple], others: list[tuple]) -> str:
