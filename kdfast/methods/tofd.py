@@ -143,7 +143,7 @@ def global_norms(
     own = [squares.detach(), squares.new_full((1,), rows), first]
     own = torch.cat([part.double() for part in own])
     everyone = own.new_empty(distributed.get_world_size(), len(own))
-    distributed.all_gather_into_tensor(everyone, own)
+    distributed.all_gather_into_tensor(everyone, own[None])
     counted = everyone[:, -1] != everyone[0, -1]
     counted[0] = True
     *sums, count = (everyone[:, :-1] * counted[:, None]).sum(0)
