@@ -370,3 +370,23 @@ def test_processes_share_their_norms(tmp_path):
         found = torch.load(tmp_path / f"{size}-1.pt", weights_only=True)
         for (name, parameter), grad in zip(method.named_parameters(), found, strict=True):
             assert torch.allclose(parameter.grad, grad, rtol=1e-4, atol=1e-6), (size, name)
+
+
+def test_a_compiled_step_serves_all_epochs():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    method, _ = shared_batch(slice(None), 5)
+    maps = tuple(torch.randn(5, *shape) for shape in BATCH)
+    heads = ((torch.randn(5, 6), torch.randn(5, 2)),) * 2
+    ours, theirs = Outputs(torch.randn(5, 2), maps), Outputs(torch.randn(5, 2), maps, heads=heads)
+    step, labels = torch.compile(method, backend=backend, fullgraph=True), torch.arange(5) % 2
+    for epoch in (0, 1, 50):
+        method.start_epoch(epoch)
+        with torch.no_grad():
+            assert step(ours, theirs, labels).item() == method(ours, theirs, labels).item()
+    assert len(compiled) == 1
+    torch.compiler.reset()

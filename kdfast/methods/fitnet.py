@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -60,8 +62,8 @@ class Hints(Method):
             else:
                 raise UsageError(
                     f"method fitnet without a regressor needs equal shapes, but student layer "
-                    f"{pairing.student_layers[i]} has {_shown(student)} and teacher layer "
-                    f"{pairing.teacher_layers[i]} has {_shown(teacher)}; use --fitnet-regressor "
+                    f"{pairing.student_layers[i]} has {_size(student)} and teacher layer "
+                    f"{pairing.teacher_layers[i]} has {_size(teacher)}; use --fitnet-regressor "
                     "auto, or choose --student-layers and --teacher-layers that match"
                 )
 
@@ -112,10 +114,11 @@ class Regressor(nn.Sequential):
         words = ["transposed"] if convolution.transposed else []
         words += [_size(convolution.kernel_size), "convolution"]
         if convolution.stride != (1, 1):
-            words += ["of stride", _size(convolution.stride)]
+            down, across = convolution.stride
+            words += ["of stride", str(down) if down == across else _size((down, across))]
         if self.pooled:
             words += ["on maps pooled to", _size(map(min, *(shape[1:] for shape in self.shapes)))]
-        student, teacher = map(_shown, self.shapes)
+        student, teacher = map(_size, self.shapes)
         count = sum(parameter.numel() for parameter in self.parameters())
         return f"{' '.join(words)}, {student} -> {teacher}, {count:,} parameters"
 
@@ -138,9 +141,5 @@ def _published(student: torch.Size, teacher: torch.Size) -> nn.Module | None:
     return kind(student[0], teacher[0], *zip(*steps, strict=True))
 
 
-def _shown(shape: torch.Size) -> str:
-    return _size(shape)
-
-
-def _size(numbers) -> str:
+def _size(numbers: Iterable[int]) -> str:
     return "x".join(map(str, numbers))
