@@ -274,7 +274,7 @@ def test_preset_self_reproduces_its_combination_rules():
         (["--method", "at", "--beta", "at=x"], "at=x must be a number, got 'x'"),
         (["--method", "kd", "--alpha", "1.5"], "makes gamma negative; give --gamma"),
         (["--method", "kd", "--temperature", "0"], "temperature must be above 0"),
-        (["--method", "at", "--temperature", "3"], "method kd is not used"),
+        (["--method", "at", "--temperature", "3"], r"method .*\bkd\b.* is not used"),
         (["--method", "fsp", "--recipe", "crd"], "two stages.*--recipe self"),
         (["--method", "fsp", "--recipe", "zoo"], "two stages.*--recipe self"),
     ],
