@@ -156,6 +156,10 @@ class Method(nn.Module):
         `UsageError`, with the reason and an alternative, when the method does not apply.
         """
 
+    def notes(self) -> list[str]:
+        """What the user should know of this run before it begins, a line each; after `setup`."""
+        return []
+
     def start_epoch(self, epoch: int) -> None:
         """Called before every 0-based epoch, and before what is left of one that is resumed.
 
