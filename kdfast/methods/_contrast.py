@@ -80,11 +80,11 @@ class ContrastMemory(nn.Module):
         teacher: Tensor,
         index: Tensor,
         negatives: Tensor,
-        constants: tuple[Tensor, Tensor] | None = None,
+        z: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """The part of `forward` that keeps things: Z where it is not set, and the embeddings.
 
-        Z is written to `constants`, by default the buffers.
+        `z` are z_student and z_teacher where a compiler gives them names of its own.
         """
         if negatives.dim() != 2 or negatives.shape[1] != self.negatives + 1:
             raise ValueError(
@@ -92,8 +92,7 @@ class ContrastMemory(nn.Module):
                 f"{self.negatives} negatives a row, got shape {list(negatives.shape)}"
             )
         if not self._set:
-            z = constants or (self.z_student, self.z_teacher)
-            self._set_constants(student, teacher, negatives, z)
+            self._set_constants(student, teacher, negatives, z or (self.z_student, self.z_teacher))
         embeddings = (x.detach().to(self.student_bank) for x in (student, teacher))
         self._seen.append((*embeddings, index))
 

@@ -116,11 +116,21 @@ class ContrastiveRepresentation(Method):
             raise ValueError("crd needs the data set indices of the images: Outputs.indices")
         ours = _embedding(self.embed_student, student.features[0])
         theirs = _embedding(self.embed_teacher, teacher.features[0])
-        z = self.memory.z_student, self.memory.z_teacher
-        negatives = _observe(
-            ours.detach(), theirs.detach(), labels, student.indices, *z, self.owner
-        )
+        seen = (ours.detach(), theirs.detach(), labels, student.indices)
+        z = (self.memory.z_student, self.memory.z_teacher)
+        if torch.compiler.is_compiling():
+            negatives = _observe(*seen, *z, self.owner)
+        else:
+            negatives = self.observe(*seen, z)
         return self.memory.loss(ours, theirs, negatives)
+
+    def observe(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, index: Tensor, z: tuple
+    ) -> Tensor:
+        """Draw for a batch of embeddings, and have the memory see it; Z is set in `z`."""
+        negatives = self.draw(labels, index)
+        self.memory.observe(student, teacher, index, negatives, z)
+        return negatives
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -167,13 +177,10 @@ def _observe(
     z_teacher: Tensor,
     owner: int,
 ) -> Tensor:
-    """Draw [B, K + 1] indices, and have the memory of method `owner` see the batch."""
-    own = _methods[owner]
-    negatives = own.draw(labels, index)
+    """[B, K + 1] indices for a batch that method number `owner` observes."""
     # Compiled code uses the memory of its intermediate results again.
-    kept = (x.clone() for x in (student, teacher, index))
-    own.memory.observe(*kept, negatives, constants=(z_student, z_teacher))
-    return negatives
+    kept = [x.clone() for x in (student, teacher, labels, index)]
+    return _methods[owner].observe(*kept, (z_student, z_teacher))
 
 
 @_observe.register_fake
