@@ -65,7 +65,7 @@ def test_published_regressors(ours, theirs, kernel, stride, transposed):
     assert method.regressors[0](torch.randn(2, 6, *ours)).shape == (2, 10, *theirs)
     count = 60 * kernel[0] * kernel[1] + 10 + 20
     assert sum(p.numel() for p in method.parameters()) == count
-    assert f"{count:,} parameters" in method.describe() and "ours" in method.describe()
+    assert f"{count:,} parameters" in method.notes()[0] and "ours" in method.notes()[0]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_other_sizes_are_pooled_to_the_smaller(ours, theirs, common):
     answer = F.batch_norm(answer, None, None, norm.weight, norm.bias, training=True).relu()
     wanted = (answer - F.adaptive_avg_pool2d(teacher, common)).square().mean()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert f"1x1 convolution on maps pooled to {common[0]}x{common[1]}" in method.describe()
+    assert f"1x1 convolution on maps pooled to {common[0]}x{common[1]}" in method.notes()[0]
     loss.backward()
     assert student.grad.abs().sum() > 0
 
@@ -116,8 +116,8 @@ def test_value_and_gradient_by_formula():
 
 def test_auto_has_a_regressor_where_shapes_differ():
     assert list(hints((8, 5, 5), (8, 5, 5), regressor="auto").parameters()) == []
-    assert hints((8, 5, 5), (8, 5, 4), regressor="auto").describe().count("parameters") == 1
-    assert "as it is" in hints((8, 5, 5), (8, 5, 5), regressor="auto").describe()
+    assert hints((8, 5, 5), (8, 5, 4), regressor="auto").notes()[0].count("parameters") == 1
+    assert "as it is" in hints((8, 5, 5), (8, 5, 5), regressor="auto").notes()[0]
     with pytest.raises(UsageError, match=r"8x5x5.*9x5x5.*--fitnet-regressor auto"):
         hints((8, 5, 5), (9, 5, 5), regressor="off")
 

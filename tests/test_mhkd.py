@@ -97,7 +97,7 @@ def test_published_heads(shape, after_convs, count):
         assert head.convs(torch.randn(2, *shape)).shape[2:] == size
         feature, logits = head(torch.randn(2, *shape))
         assert feature.shape == (2, 256) and logits.shape == (2, 100)
-    assert f"{count:,}" in method.describe()
+    assert f"{count:,}" in method.notes()[0]
 
 
 def test_detached_targets_do_not_move_the_teachers_heads():

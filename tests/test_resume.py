@@ -71,8 +71,10 @@ CASES = {
     "accumulated and averaged": ("--grad-accum-steps", 2, "--model-ema", "--model-ema-decay", 0.9),
     "bf16": ("--amp", "--train-limit", 96, "-b", 8),
     "distilled": (),
+    "contrasted": ("--method", "crd", "kd", "--crd-negatives", 40, "--crd-positives", "relax",
+                   "--grad-accum-steps", 2),
     "three": ("-b", 16, "--model", "cifar_resnet20", "--epochs", 2),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -82,13 +84,14 @@ CASES = {
         ("accumulated and averaged", 1),
         ("bf16", 1),
         ("distilled", 1),
+        ("contrasted", 1),
         ("accumulated and averaged", 2),
         ("bf16", 2),
         ("three", 3),
     ],
 )
 def test_killed_and_resumed(teacher_run, tmp_path, case, processes):
-    flags, script = CASES[case], DISTILL if case == "distilled" else CLASSIFIER
+    flags, script = CASES[case], DISTILL if case in ("distilled", "contrasted") else CLASSIFIER
     flags = (*FEW, *flags, "--output", tmp_path)
     if script == DISTILL:
         flags += ("--teacher", "cifar_resnet8", "--teacher-checkpoint", teacher_run)

@@ -218,7 +218,7 @@ def test_published_heads():
         assert [head.width for head in method.student_heads] == [shapes[-1][0]] * len(counts)
         assert len(method.links) == len(counts) + 1, "one a classifier, also between equal widths"
         assert all(link.bias is None for link in method.links)
-        assert f"{counts[0] + 2 * shapes[-1][0] + 2:,}" in method.describe()
+        assert f"{counts[0] + 2 * shapes[-1][0] + 2:,}" in method.notes()[0]
 
 
 @pytest.mark.parametrize(

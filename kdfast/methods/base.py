@@ -162,9 +162,9 @@ class Method(nn.Module):
         `UsageError`, with the reason and an alternative, when the method does not apply.
         """
 
-    def describe(self) -> str:
-        """What `setup` chose for this pair, in a line said before training; empty for nothing."""
-        return ""
+    def notes(self) -> list[str]:
+        """What `setup` chose and the user should know before training, a line each."""
+        return []
 
     def start_epoch(self, epoch: int) -> None:
         """Called before every 0-based epoch, and before what is left of one that is resumed.

@@ -67,14 +67,13 @@ class Hints(Method):
                     "auto, or choose --student-layers and --teacher-layers that match"
                 )
 
-    def describe(self) -> str:
-        named = zip(self.layers, self.regressors, strict=True)
-        return "; ".join(
+    def notes(self) -> list[str]:
+        return [
             f"{layer} through {regressor.describe()}"
             if isinstance(regressor, Regressor)
             else f"{layer} as it is"
-            for layer, regressor in named
-        )
+            for layer, regressor in zip(self.layers, self.regressors, strict=True)
+        ]
 
     def forward(self, student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:
         dtype = student.logits.dtype

@@ -56,12 +56,12 @@ class MultiHead(Method):
             for shapes in (pairing.student_shapes, pairing.teacher_shapes)
         )
 
-    def describe(self) -> str:
+    def notes(self) -> list[str]:
         counts = (
             " + ".join(f"{sum(p.numel() for p in head.parameters()):,}" for head in heads)
             for heads in (self.teacher_heads, self.student_heads)
         )
-        return "parameters of teacher heads {}, of student heads {}".format(*counts)
+        return ["parameters of teacher heads {}, of student heads {}".format(*counts)]
 
     def forward(self, student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:
         loss = self._taught(student.logits, teacher.logits, labels)

@@ -86,12 +86,12 @@ class TaskOriented(Method):
             nn.Linear(*widths, bias=False) for widths in (*from_to, (ours, theirs))
         )
 
-    def describe(self) -> str:
+    def notes(self) -> list[str]:
         heads, links = (
             " + ".join(f"{sum(p.numel() for p in m.parameters()):,}" for m in modules) or "none"
             for modules in (self.student_heads, self.links)
         )
-        return f"parameters of student heads {heads}, of links {links}"
+        return [f"parameters of student heads {heads}, of links {links}"]
 
     def start_epoch(self, epoch: int) -> None:
         self.tau.fill_(1 + self.growth / 250 * (epoch + 1))

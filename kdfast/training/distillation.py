@@ -79,8 +79,8 @@ def distill(
         teacher.compile()
     say_plan(options, choice, plan, data, run)
     for method in methods:
-        if line := method.describe():
-            say(f"{method.name}: {line}")
+        for note in method.notes():
+            say(f"{method.name}: {note}")
     taught = evaluate(lambda x: teacher(x)[0], held_out, accelerator, prepare)
     say(f"teacher top1 {taught['top1']:.2f}")
 
