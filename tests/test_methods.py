@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,14 @@ from kdfast.methods import (
     method_names,
     methods_table,
 )
-from kdfast.models import Taps, create_model
+from kdfast.models import (
+    DeepHead,
+    InputAdapter,
+    LinearHead,
+    Taps,
+    create_model,
+    default_stages,
+)
 from kdfast.training.flags import (
     data_flags,
     distill_flags,
@@ -35,6 +41,7 @@ from kdfast.training.flags import (
 from kdfast.training.objective import Objective, choose_methods, plan_taps
 from kdfast.training.options import parse
 from kdfast.training.parser import Parser
+from kdfast.training.teacher import Teacher
 
 LOG3 = math.log(3)
 
@@ -267,7 +274,7 @@ def test_preset_self_reproduces_its_combination_rules():
         (["--method", "at", "--beta", "at=x"], "at=x must be a number, got 'x'"),
         (["--method", "kd", "--alpha", "1.5"], "makes gamma negative; give --gamma"),
         (["--method", "kd", "--temperature", "0"], "temperature must be above 0"),
-        (["--method", "at", "--temperature", "3"], "method kd is not used"),
+        (["--method", "at", "--temperature", "3"], r"method .*\bkd\b.* is not used"),
         (["--method", "fsp", "--recipe", "crd"], "two stages.*--recipe self"),
         (["--method", "fsp", "--recipe", "zoo"], "two stages.*--recipe self"),
     ],
@@ -281,33 +288,58 @@ def test_method_errors(flags, message):
 # Every registered method, a user's too.
 
 
+def heads_of(teacher, kind, images):
+    """Untrained auxiliary classifiers of `kind` on the teacher's stages, and those layers."""
+    layers = default_stages(teacher)
+    shapes = [shape[1:] for shape in Taps(teacher, layers).calibrate(images)]
+    if kind == "linear":
+        return [LinearHead(shape, 10) for shape in shapes], layers
+    widths = [shape[0] for shape in shapes]
+    return [DeepHead(widths[i:], 10) for i in range(len(widths) - 1)], layers[:-1]
+
+
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_runs_on_a_real_pair(name):
-    """Finite term, gradient to the student, none to the teacher, zero against itself."""
+    """Finite term, gradient to the student and to all that the method trains, none elsewhere."""
     torch.manual_seed(0)
-    student, teacher = create_model("cifar_resnet8", 10), create_model("cifar_resnet20", 10)
+    student, net = create_model("cifar_resnet8", 10), create_model("cifar_resnet20", 10)
     instance = find_method(name)()
-    plan = plan_taps([instance], student, teacher.eval().requires_grad_(False))
-    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    watched, taught = Taps(student, plan.student_layers), Taps(teacher, plan.teacher_layers)
+    images, labels, indices = torch.randn(4, 3, 32, 32), torch.arange(4), torch.arange(4)
+    heads, mounted = heads_of(net, instance.heads, images) if instance.heads else ([], [])
+    plan = plan_taps([instance], student, net, head_layers=mounted)
+    watched = Taps(student, plan.student_layers)
+    same = InputAdapter((0,) * 3, (1,) * 3, (0,) * 3, (1,) * 3)
+    teacher = Teacher(
+        net, plan.teacher_layers, same, heads=heads, head_positions=plan.head_positions
+    )
     objective = Objective(watched, [instance], {name: 1.0}, 0.0, plan.views)
-    shapes = watched.calibrate(images[:2]), taught.calibrate(images[:2])
-    objective.setup(plan, *shapes, classes=10)
-    answer = taught(images)
-    total, terms, _ = objective(images, labels, *answer)
+    objective.setup(
+        plan,
+        watched.calibrate(images[:2]),
+        teacher.calibrate(images[:2]),
+        classes=10,
+        head_layers=tuple(mounted),
+        head_widths=tuple(head.width for head in heads),
+        training_labels=lambda: [i % 10 for i in range(40)],
+        epochs=2,
+    )
+    objective.start_epoch(0)
+    total, terms, _ = objective(images, labels, *teacher(images), indices=indices)
     total.backward()
     assert total.dtype == torch.float32 and total.isfinite() and total > 0
     assert terms[1] == total
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
-    assert all(p.grad is None for p in teacher.parameters())
-    logits, features = watched(images)
-    ours = Outputs(logits, tuple(features[i] for i in plan.views[name][0]))
-    if name == "born_again":  # a cross-entropy: against itself its gradient is zero, not its value
-        itself = instance(ours, replace(ours, logits=logits.detach()), labels)
-        (slope,) = torch.autograd.grad(itself, logits)
-        assert slope.abs().max() < 1e-6
-        return
-    assert instance(ours, ours, labels).item() == pytest.approx(0, abs=1e-6)
+    assert [n for n, p in instance.named_parameters() if p.requires_grad and p.grad is None] == []
+    frozen = itertools.chain(net.parameters(), *(head.parameters() for head in heads))
+    assert all(p.grad is None for p in frozen)
+    objective.after_step()
+
+
+@pytest.mark.parametrize("name", ["at", "fsp", "kd", "logits"])
+def test_no_term_where_both_networks_agree(name):
+    instance, features = find_method(name)(), tuple(torch.rand(4, 6, 8, 8) for _ in range(3))
+    ours = Outputs(torch.randn(4, 10), features)
+    assert instance(ours, ours, torch.arange(4)).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from kdfast.errors import UsageError
+from kdfast.models import read_weights
 from kdfast.training.objective import choose_methods
 from kdfast.training.options import batch_size
 from kdfast.training.parser import read_recipe, recipe_names
@@ -44,8 +45,74 @@ def test_every_recipe_parses(name):
     recipe = read_recipe(name)
     options = options_of("--recipe", name)
     for key, value in recipe.items():
-        if key not in ("methods", "model-kwargs", "teacher-kwargs"):
+        if key not in ("methods", "model-kwargs", "teacher-kwargs", "when"):
             assert getattr(options, key.replace("-", "_")) == value, key
+
+
+CONDITIONS = """
+method: [at]
+lr: 0.1
+when:
+  - if: {dataset: [cifar100, cifar10]}
+    mean: [0.1, 0.2, 0.3]
+  - if: {model: [resnet8x4, cifar_resnet20], method: at}
+    lr: 0.01
+    methods: {at: {beta: 7}}
+  - if: {method: [fsp]}
+    methods: {fsp: {beta: 3}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "lr", "mean", "beta"),
+    [
+        ((), 0.1, None, 1000),
+        (("--dataset", "torch/cifar10", "--student", "cifar_resnet8x4"), 0.01, [0.1, 0.2, 0.3], 7),
+        (("--model", "resnet20"), 0.01, None, 7),
+        (("--model", "resnet20", "--lr", 0.5, "--beta", "at=9"), 0.5, None, 9),
+        (("--model", "resnet20", "--method", "at_st"), 0.01, None, 7),
+        (("--model", "cifar_resnet8x4", "--method", "kd"), 0.1, None, None),
+    ],
+)
+def test_conditions_in_a_recipe(tmp_path, flags, lr, mean, beta):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(CONDITIONS)
+    options = options_of("--recipe", recipe, *flags)
+    assert (options.lr, options.mean) == (lr, mean)
+    assert choose_methods(options).weights.get("at") == beta
+
+
+@pytest.mark.parametrize(
+    ("when", "message"),
+    [
+        ("[{if: {modell: x}, lr: 1}]", r"recipe .*: when: unknown key 'modell'.*model"),
+        ("[{if: {method: crdd}, lr: 1}]", "unknown method 'crdd'"),
+        ("[{if: {method: kd}, lrr: 1}]", r"unknown key 'lrr'"),
+        ("[{lr: 1}]", "each entry of when must be a mapping with an `if` mapping"),
+        ("3", "each entry of when"),
+    ],
+)
+def test_bad_conditions_in_a_recipe(tmp_path, when, message):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"method: [kd]\nwhen: {when}\n")
+    with pytest.raises(UsageError, match=message):
+        options_of("--recipe", recipe)
+
+
+def test_mean_of_a_recipe_is_that_of_its_set(run_script, tmp_path, teacher_run):
+    """Weights that exist bring their own figures; a flag wins over both."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("mean: [0.5, 0.5, 0.5]\nstd: [0.2, 0.2, 0.2]\n")
+    few = ("--train-limit", 64, "--eval-limit", 32, "--epochs", 1, "-b", 32, "--lr", 0.01)
+    few += ("--model", "cifar_resnet8", "--recipe", recipe)
+    found = []
+    for number, more in enumerate(
+        ((), ("--initial-checkpoint", teacher_run), ("--mean", 0.4, 0.4, 0.4))
+    ):
+        name = f"run{number}"
+        assert run_script("train/classifier.py", *few, *more, "--experiment", name)[0] == 0
+        found.append(read_weights(tmp_path / "output" / name / "last.safetensors")[1]["mean"][0])
+    assert found == [0.5, pytest.approx(0.3057), 0.4]
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ class Option:
             return None
         kind = self.kind or type(self.default)
         if self.choices:
+            if isinstance(value, bool):  # YAML's reading of on and off
+                value = "on" if value else "off"
             if value not in self.choices:
                 raise unknown(f"value of {what}", str(value), self.choices)
             return value
@@ -54,6 +56,8 @@ class Option:
             raise UsageError(f"{what} must be a number, got {value!r}") from None
         if not math.isfinite(number) or isinstance(value, bool):
             raise UsageError(f"{what} must be a finite number, got {value!r}")
+        if isinstance(value, float) and number != value:
+            raise UsageError(f"{what} must be a whole number, got {value!r}")
         if self.positive and number <= 0:
             raise UsageError(f"{what} must be above 0, got {value}")
         if self.least is not None and number < self.least:
@@ -83,7 +87,8 @@ class Pairing:
     Shapes include the batch dimension. Layer i of the student is paired with layer i of the
     teacher. `head_layers` are the teacher's layers that its auxiliary classifiers are mounted on,
     in the order of `Outputs.heads`, and `head_widths` the d of their features. `training_labels()`
-    gives the class of every training image in the order of their indices.
+    gives the class of every training image in the order of their indices. `label_smoothing` is that
+    of the objective's cross-entropy, and of any that a method adds.
     """
 
     student_layers: tuple[str, ...]
@@ -96,6 +101,7 @@ class Pairing:
     training_labels: Callable[[], Sequence[int]] = list
     epochs: int = 1
     seed: int = 0
+    label_smoothing: float = 0.0
 
 
 class Method(nn.Module):
@@ -143,7 +149,7 @@ class Method(nn.Module):
         """Which layers the method watches.
 
         `none`, `stages`, `stem+stages`, `penultimate` or `stages+penultimate`. Where `heads` are
-        asked for, the stages of the teacher are those that its heads are mounted on.
+        asked for, the stages of the teacher are those that its heads are mounted on, and its last.
         """
         return "none"
 
@@ -160,6 +166,10 @@ class Method(nn.Module):
         Weights are drawn from torch's generator, which is seeded for this method alone. Raises
         `UsageError`, with the reason and an alternative, when the method does not apply.
         """
+
+    def describe(self) -> str:
+        """What `setup` chose for this pair, in a line said before training; empty for nothing."""
+        return ""
 
     def start_epoch(self, epoch: int) -> None:
         """Called before every 0-based epoch, and before what is left of one that is resumed.
@@ -214,6 +224,12 @@ def find_method(name: str) -> type[Method]:
     if name not in _METHODS:
         raise unknown("method", name, _METHODS)
     return _METHODS[name]
+
+
+def expand(word: str) -> list[str]:
+    """The names of the methods that a word of `--method` stands for; none for `none`, `base`."""
+    words = {"none": [], "base": [], "at_st": ["at", "kd"]}.get(word, [word])
+    return [find_method(word).name for word in words]
 
 
 def methods_table() -> str:

@@ -78,6 +78,9 @@ def distill(
     if options.torchcompile:
         teacher.compile()
     say_plan(options, choice, plan, data, run)
+    for method in methods:
+        if line := method.describe():
+            say(f"{method.name}: {line}")
     taught = evaluate(lambda x: teacher(x)[0], held_out, accelerator, prepare)
     say(f"teacher top1 {taught['top1']:.2f}")
 

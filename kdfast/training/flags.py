@@ -18,7 +18,7 @@ def data_flags(parser: Parser) -> None:
         group,
         "--dataset",
         default="digits",
-        help="digits, fashion-mnist, cifar10, cifar100, "
+        help="digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, imagenet, "
         "folder, or a name of timm's create_dataset such as torch/cifar10 or hfds/owner/name",
     )
     flag(group, "--data-dir", metavar="PATH", help="where the set's files are")

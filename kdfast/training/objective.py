@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdfast.errors import UsageError, unknown
-from kdfast.methods import Method, Option, Outputs, Pairing, find_method
+from kdfast.methods import Method, Option, Outputs, Pairing, expand, find_method
 from kdfast.models import Taps, default_stages, pair_stages, penultimate
 from kdfast.seeding import derive_seed, local_randomness
 
@@ -41,10 +41,7 @@ def choose_methods(options: argparse.Namespace) -> Choice:
     `beta`, `gamma`; a single method's gamma holds in combinations too. `refuse` is the reason for
     which a recipe cannot serve a method.
     """
-    words: list[str] = []
-    for word in options.method or ["none"]:
-        words += {"none": [], "base": [], "at_st": ["at", "kd"]}.get(word, [word])
-    names = list(dict.fromkeys(find_method(word).name for word in words))
+    names = list(dict.fromkeys(name for word in options.method or () for name in expand(word)))
     weights = {name: find_method(name).default_weight for name in names}
     chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
     gamma = None
@@ -203,7 +200,11 @@ def _pairs(
         return last
     if student_layers is not None:
         return [*zip(teacher_layers, student_layers, strict=True), *last]
-    pairs = pair_stages(mounted or default_stages(teacher), default_stages(student))
+    theirs = default_stages(teacher)
+    if mounted:
+        # A head takes the place of its layer: the networks' last stages remain partners.
+        theirs = mounted if theirs[-1] in mounted else [*mounted, theirs[-1]]
+    pairs = pair_stages(theirs, default_stages(student))
     if taps == "stem+stages":
         stems = default_stages(teacher, stem=True)[0], default_stages(student, stem=True)[0]
         pairs = [*([stems] if stems != pairs[0] else []), *pairs]
@@ -266,6 +267,7 @@ class Objective(nn.Module):
                 tuple(teacher_shapes[i] for i in theirs),
                 classes,
                 seed=seed,
+                label_smoothing=self.label_smoothing,
                 **run,
             )
             if "stages" in method.taps():

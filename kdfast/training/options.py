@@ -9,6 +9,8 @@ from timm.optim import get_optimizer_info, list_optimizers
 
 from kdfast.data import dataset_name
 from kdfast.errors import UsageError, unknown
+from kdfast.methods import expand
+from kdfast.models import resolve_name
 from kdfast.training.flags import every_key
 from kdfast.training.parser import Parser, merge
 from kdfast.training.schedules import OWN_SCHEDULES
@@ -21,6 +23,7 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         argv,
         default_recipe=lambda dataset: "digits" if dataset == "digits" else "crd",
         foreign=every_key() - set(parser.actions()),
+        canonical=_canonical,
     )
     options.model_kwargs = dict(options.model_kwargs)
     if options.amp:
@@ -61,6 +64,15 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     if max(options.save_epochs, default=0) > options.epochs:
         raise UsageError(f"--save-epochs {max(options.save_epochs)} is after the last epoch")
     return options
+
+
+def _canonical(key: str, word: str) -> list[str]:
+    """The names that `word`, a value of flag `key`, stands for."""
+    if key == "dataset":
+        return [dataset_name(word)]
+    if key in ("model", "student", "teacher"):
+        return [resolve_name(word)]
+    return expand(word) if key == "method" else [word]
 
 
 def batch_size(options: argparse.Namespace, processes: int) -> int:

@@ -132,17 +132,58 @@ def read_recipe(name: str) -> dict[str, Any]:
     return read_yaml(Path(str(resources.files("kdfast") / "recipes" / f"{name}.yaml")))
 
 
+def _by_dest(content: dict[str, Any], actions: dict[str, argparse.Action]) -> dict[str, Any]:
+    return {actions[key].dest: value for key, value in content.items() if key in actions}
+
+
+def _holding(
+    where: str,
+    conditional: Any,
+    options: dict[str, Any],
+    actions: dict[str, argparse.Action],
+    foreign: set[str],
+    canonical: Callable[[str, str], Sequence[str]],
+) -> list[dict[str, Any]]:
+    """The entries of a recipe's `when` whose `if` holds for `options`, without that `if`."""
+    entries = conditional if isinstance(conditional, list) else [conditional]
+    holding = []
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("if"), dict):
+            raise UsageError(f"{where}: each entry of when must be a mapping with an `if` mapping")
+        holds = True
+        for key, wanted in entry["if"].items():
+            if key not in actions and key not in foreign:
+                raise UsageError(f"{where}: when: {unknown('key', key, [*actions, *foreign])}")
+            action = actions.get(key)
+            chosen = _words(options.get(action.dest)) if action else []
+            names = [
+                {n for w in words for n in canonical(key, w)} for words in (chosen, _words(wanted))
+            ]
+            holds = holds and not names[0].isdisjoint(names[1])
+        if holds:
+            holding.append({k: v for k, v in entry.items() if k != "if"})
+    return holding
+
+
+def _words(value: Any) -> list[str]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [str(item) for item in values if item is not None]
+
+
 def merge(
     parser: Parser,
     argv: Sequence[str],
     *,
     default_recipe: Callable[[str], str],
     foreign: set[str],
+    canonical: Callable[[str, str], Sequence[str]] = lambda key, word: [word],
 ) -> argparse.Namespace:
     """All options of a script.
 
     `default_recipe(dataset)` names the recipe when none is given; keys of files that are in
-    `foreign` belong to other scripts and are passed over. Beside the flags the result has
+    `foreign` belong to other scripts and are passed over. A recipe's `when` is a list of further
+    mappings; each holds where the options named in its `if` have one of the values given there,
+    words as `canonical(key, word)` spells them. Beside the flags the result has
     `given` (dests set by config or command line) and `layers_of_methods`, the `methods` mappings
     of recipe and config with the words for where they are, weakest first.
     """
@@ -155,7 +196,13 @@ def merge(
     options = copy.deepcopy(parser.fallbacks)
     given: set[str] = set()
     methods: list[tuple[str, dict]] = []
-    layers = ((f"recipe {name}", recipe, False), (str(flags.get("config")), config, True))
+    where = f"recipe {name}"
+    conditional = recipe.pop("when", [])
+    known = {**_by_dest(recipe, actions), **_by_dest(config, actions), **flags}
+    layers = [(where, recipe, False)]
+    for part in _holding(where, conditional, options | known, actions, foreign, canonical):
+        layers.append((where, part, False))
+    layers.append((str(flags.get("config")), config, True))
     for where, content, chosen in layers:
         content = dict(content)
         layer = content.pop("methods", {})

@@ -42,6 +42,7 @@ from kdfast.models import (
 )
 from kdfast.seeding import derive_seed
 from kdfast.training import processes
+from kdfast.training.journal import say
 from kdfast.training.options import batch_size
 from kdfast.training.run_folder import on_main
 
@@ -131,7 +132,7 @@ class Inputs:
 def choose_inputs(options: argparse.Namespace, data: ImageData, model: nn.Module) -> Inputs:
     """Flags first, then the set's own size and figures, then what the model was built for.
 
-    Weights that exist already bring their own mean and std along.
+    Weights that exist already bring their own mean and std along; a recipe's are those of its set.
     """
     config = resolve_data_config(model=model) if hasattr(model, "pretrained_cfg") else {}
     side = data.image_size
@@ -150,9 +151,13 @@ def choose_inputs(options: argparse.Namespace, data: ImageData, model: nn.Module
         path = weights_path(options.initial_checkpoint)
         recorded = recorded_inputs(path, read_weights(path)[1])
         figures = (recorded.mean, recorded.std) if recorded else figures
-    elif data.mean is not None and not options.pretrained:
-        figures = data.mean, data.std
-    mean, std = options.mean or figures[0], options.std or figures[1]
+    elif not options.pretrained:
+        own = options.mean or data.mean, options.std or data.std
+        figures = tuple(a or b for a, b in zip(own, figures, strict=True))
+    mean, std = (
+        getattr(options, name) if name in options.given else figure
+        for name, figure in zip(("mean", "std"), figures, strict=True)
+    )
     if min(std) <= 0:
         raise UsageError(f"--std must be above 0, got {' '.join(map(str, std))}")
     return Inputs(size, tuple(mean), tuple(std))
@@ -204,9 +209,15 @@ def build_model(options: argparse.Namespace, classes: int, *, seed_name: str) ->
         **options.model_kwargs,
     )
     if options.initial_checkpoint:
-        load_weights(model, weights_path(options.initial_checkpoint))
+        load_checkpoint(model, weights_path(options.initial_checkpoint))
     # Before anything watches its layers.
     return convert_sync_batchnorm(model) if options.sync_bn else model
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """`load_weights`, which says so when it had only the order of the entries to go by."""
+    if load_weights(model, path).get("matched_by_order"):
+        say(f"{path}: foreign names, matched with {architecture(model)} by order")
 
 
 def weights_path(path: str | Path) -> Path:

@@ -12,7 +12,7 @@ from torch import nn
 
 from kdfast.data import ImageData
 from kdfast.errors import UsageError
-from kdfast.models import create_model, load_weights, read_weights, resolve_name
+from kdfast.models import create_model, read_weights, resolve_name
 from kdfast.training.classifier import fingerprint, train_classifier
 from kdfast.training.flags import data_flags, model_flags, training_flags
 from kdfast.training.journal import say
@@ -23,6 +23,7 @@ from kdfast.training.setup import (
     Inputs,
     build_model,
     choose_inputs,
+    load_checkpoint,
     recorded_inputs,
     try_out,
     weights_path,
@@ -63,7 +64,7 @@ def load_teacher(options: argparse.Namespace, data: ImageData) -> tuple[nn.Modul
         **kwargs,
     )
     if path is not None:
-        load_weights(model, path)
+        load_checkpoint(model, path)
     if fed is None:
         own = argparse.Namespace(**vars(options))
         own.pretrained, own.initial_checkpoint = options.teacher_pretrained, None
