@@ -412,9 +412,10 @@ def test_config_goes_round(run_script, tmp_path):
 
 def test_old_words_train(run_script):
     """The published run's flags."""
-    flags = ("--start-generation", 1, "--seed", 10, "--teacher-checkpoint", "x", "--model",
-             "vgg16_bn", "--epochs", 300, "--lr", 0.01, "--sched", "step", "--decay-epochs", 60,
-             "--decay-rate", 0.3, "--tau", 1, "--lambda", 0.5, "--lambda-end", 0.5)  # fmt: skip
+    flags = ("--dataset", "cifar10", "--start-generation", 1, "--seed", 10, "--model", "vgg16_bn",
+             "--teacher-checkpoint", "x", "--epochs", 300, "--lr", 0.01, "--sched", "step",
+             "--decay-epochs", 60, "--decay-rate", 0.3, "--tau", 1, "--lambda", 0.5,
+             "--lambda-end", 0.5)  # fmt: skip
     code, out, err = run_script(SCRIPT, "--print-config", *flags)
     assert code == 0, err
     config = yaml.safe_load(out)

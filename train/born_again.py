@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train born-again networks: generation after generation, each taught by the one before.
 
-    python train/born_again.py                          five generations of cifar_resnet8 on digits
+    python train/born_again.py                          three generations of cifar_resnet8 on digits
     accelerate launch train/born_again.py --dataset cifar100 --data-dir DIR --model cifar_resnet20
     torchrun --nproc_per_node 2 train/born_again.py --dataset folder --data-dir DIR \\
         --model vgg16_bn --start-generation 1 --teacher-checkpoint RUN --seed 10 --epochs 300 \\

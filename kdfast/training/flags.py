@@ -237,7 +237,12 @@ def generation_flags(parser: Parser) -> None:
     """Those of a born-again chain: its length, where it starts, and its loss."""
     flag = parser.flag
     group = parser.add_argument_group("generations")
-    flag(group, "--generations", type=positive, default=5, help="how many, generation 0 included")
+    flag(
+        group,
+        "--generations",
+        type=positive,
+        help="how many, generation 0 included (default: 5; 3 on digits)",
+    )
     flag(
         group,
         "--start-generation",

@@ -66,8 +66,10 @@ class Link(RunFolder):
 
 
 def check_chain_flags(options: argparse.Namespace) -> None:
-    """Refuse flags that contradict one another, and complete those of the teacher."""
+    """Refuse flags that contradict one another, and complete those that others decide."""
     start, given = options.start_generation, options.given
+    if options.generations is None:
+        options.generations = 3 if options.dataset == "digits" else 5
     if options.eval_only:
         raise UsageError(
             "--eval-only scores one network: use train/classifier.py --eval-only "
