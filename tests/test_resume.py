@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 TORCHRUN = (Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2)
 THREE = (*TORCHRUN[:2], 3)
 CLASSIFIER, DISTILL = "train/classifier.py", "train/distill.py"
+BORN_AGAIN = "train/born_again.py"
 FEW = ("--model", "cifar_resnet8", "--train-limit", 203, "--eval-limit", 90, "--epochs", 3,
        "--checkpoint-steps", 1)  # fmt: skip
 # Kills in a row, each of the run that the one before has left.
@@ -120,6 +121,34 @@ def test_killed_and_resumed(teacher_run, tmp_path, case, processes):
     finish(command(*killed, "0:0", script, *flags, cwd=tmp_path))
     assert record_of(whole) == record_of(cut)
     assert not list((cut / "checkpoints").glob(".partial*"))
+
+
+def chain_of(run: Path) -> dict:
+    """All that must agree of a chain and of its generations, wherever it lies."""
+    results = json.loads((run / "results.json").read_text())
+    for entry in results["generations"]:
+        entry["run"] = Path(entry["run"]).name
+    del results["run"]
+    return results | {path.name: record_of(path) for path in sorted(run.glob("generation-*"))}
+
+
+def test_killed_chain(tmp_path):
+    """Before its first generation, between two, while one saves its last epoch, and later again."""
+    killed = (sys.executable, ROOT / "tests/killed.py")
+    flags = (BORN_AGAIN, *FEW[:6], "--epochs", 2, "--generations", 3, "--lambda-end", 0.1,
+             "--output", tmp_path)  # fmt: skip
+    finish(command(*killed, "0:0", *flags, "--experiment", "whole", cwd=tmp_path))
+    flags += ("--experiment", "cut", "--resume", "auto")
+    left = []
+    for moment in (2, 35, 26, 40):
+        ended = command(*killed, f"0:{moment}", *flags, cwd=tmp_path)
+        said = "".join(ended.communicate(timeout=600))
+        assert ended.returncode == -signal.SIGKILL, said
+        links = sorted((tmp_path / "cut").glob("generation-*"))
+        left.append([(link / "results.json").exists() for link in links])
+    assert left == [[], [True, False], [True, False], [True, True, False]]
+    finish(command(*killed, "0:0", *flags, cwd=tmp_path))
+    assert chain_of(tmp_path / "whole") == chain_of(tmp_path / "cut")
 
 
 class Signalled:

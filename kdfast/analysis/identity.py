@@ -13,7 +13,7 @@ _INCIDENTAL = FREE - {"epochs"} | {"seed", "teacher-checksum", "method", "method
 # What a network trained on labels alone does not depend on.
 _DISTILLING = {
     "teacher", "teacher-pretrained", "teacher-kwargs", "teacher-bn", "method", "methods", "alpha",
-    "beta", "gamma", "student-layers", "teacher-layers", "teacher-checksum",
+    "beta", "gamma", "student-layers", "teacher-layers", "teacher-checksum", "generation",
 }  # fmt: skip
 
 

@@ -19,7 +19,8 @@ class Option:
     """A number or word of a method that the user may set: flag, help and recipe key come from it.
 
     `flag` defaults to `--METHOD-NAME`; one flag of several methods sets all of them that are used.
-    `positive` refuses values up to 0, `least` those below it.
+    `positive` refuses values up to 0, `least` those below it. `kind` is the type of an option whose
+    default is None: unset, which its help explains.
     """
 
     default: Any
@@ -28,25 +29,29 @@ class Option:
     flag: str | None = None
     positive: bool = False
     least: float | None = None
+    kind: type | None = None
 
     def flag_of(self, method: str, key: str) -> str:
         """Its flag as option `key` of `method`."""
         return self.flag or f"--{method}-{key}".replace("_", "-")
 
     def checked(self, what: str, value: Any) -> Any:
-        """`value` in the default's type; raises `UsageError` about `what` when it cannot be."""
+        """`value` in the option's type; raises `UsageError` about `what` when it cannot be."""
+        if value is None and self.default is None:
+            return None
+        kind = self.kind or type(self.default)
         if self.choices:
             if isinstance(value, bool):  # YAML's reading of on and off
                 value = "on" if value else "off"
             if value not in self.choices:
                 raise unknown(f"value of {what}", str(value), self.choices)
             return value
-        if isinstance(self.default, bool) and not isinstance(value, bool):
+        if kind is bool and not isinstance(value, bool):
             raise UsageError(f"{what} must be true or false, got {value!r}")
-        if isinstance(self.default, bool) or not isinstance(self.default, int | float):
+        if kind not in (int, float):
             return value
         try:
-            number = type(self.default)(value)
+            number = kind(value)
         except (TypeError, ValueError, OverflowError):
             raise UsageError(f"{what} must be a number, got {value!r}") from None
         if not math.isfinite(number) or isinstance(value, bool):
@@ -172,6 +177,13 @@ class Method(nn.Module):
         State set here is a function of the epoch; what must survive beyond it is a buffer.
         """
 
+    def gauges(self) -> dict[str, float]:
+        """Numbers of the epoch at hand for the summary, such as a scheduled weight, by name.
+
+        Each is a column, the method's name before its own: `born_again_lambda`.
+        """
+        return {}
+
     def after_step(self) -> None:
         """Called after every optimizer step, on all processes."""
 
@@ -231,7 +243,8 @@ def methods_table() -> str:
         text = inspect.cleandoc(cls.__doc__)
         source = " ".join(text.partition("Source:")[2].split()) or "-"
         flags = [
-            f"`{o.flag_of(name, key)}` {o.help} ({o.default})" for key, o in cls.options().items()
+            f"`{o.flag_of(name, key)}` {o.help}" + f" ({o.default})" * (o.default is not None)
+            for key, o in cls.options().items()
         ]
         names = ", ".join(f"`{word}`" for word in (name, *cls.aliases))
         weight = f"{cls.weight_flag} {cls.default_weight:g}"

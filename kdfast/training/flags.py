@@ -208,13 +208,17 @@ def _method_flags(parser: Parser, group: Any, names: list[str]) -> None:
 
     What several methods call the same is one flag, for all of them that are used.
     """
-    shared: dict[str, list[tuple[str, str, Option]]] = {"--alpha": []}
+    shared: dict[str, list[tuple[str, str, Option]]] = {"--alpha": []} if "kd" in names else {}
     for name in names:
         for key, option in find_method(name).options().items():
             shared.setdefault(option.flag_of(name, key), []).append((name, key, option))
     for flag, uses in shared.items():
-        said = [f"{name}: {option.help} (default: {option.default})" for name, _, option in uses]
-        if flag == "--alpha":
+        said = [
+            f"{name}: {option.help}"
+            + f" (default: {option.default})" * (option.default is not None)
+            for name, _, option in uses
+        ]
+        if flag == "--alpha" and "kd" in names:
             said.insert(0, "kd: weight of the term (default: 0.9)")
             parser.flag(group, flag, type=amount, help="; ".join(said))
             continue
@@ -225,8 +229,52 @@ def _method_flags(parser: Parser, group: Any, names: list[str]) -> None:
         elif option.choices:
             kind = {"choices": option.choices}
         else:
-            kind = {"type": type(option.default), "metavar": "VALUE"}
+            kind = {"type": option.kind or type(option.default), "metavar": "VALUE"}
         parser.flag(group, flag, dest=dest, help="; ".join(said), **kind)
+
+
+def generation_flags(parser: Parser) -> None:
+    """Those of a born-again chain: its length, where it starts, and its loss."""
+    flag = parser.flag
+    group = parser.add_argument_group("generations")
+    flag(
+        group,
+        "--generations",
+        type=positive,
+        help="how many, generation 0 included (default: 5; 3 on digits)",
+    )
+    flag(
+        group,
+        "--start-generation",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="0 trains generation 0 on labels alone; 1 takes --teacher-checkpoint for it",
+    )
+    flag(
+        group,
+        "--teacher",
+        metavar="NAME",
+        help="network of the given generation 0 (default: that of --model)",
+    )
+    flag(
+        group,
+        "--teacher-checkpoint",
+        metavar="PATH",
+        help="its weights: a file, or a run folder (whose last weights are taken)",
+    )
+    flag(
+        group,
+        "--teacher-kwargs",
+        type=assignment,
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="arguments for its constructor (default: those its checkpoint was trained with)",
+    )
+    group = parser.add_argument_group(
+        "loss of generations 1 and up", "cross-entropy + lambda * cross-entropy with the teacher"
+    )
+    _method_flags(parser, group, ["born_again"])
 
 
 def training_flags(parser: Parser) -> None:
@@ -396,4 +444,6 @@ def every_key() -> set[str]:
     for add in (data_flags, distill_flags, training_flags, run_flags):
         add(parser)
     model_flags(parser, student=True)
-    return set(parser.actions())
+    chain = Parser()  # its --teacher is not that of the others
+    generation_flags(chain)
+    return set(parser.actions()) | set(chain.actions())

@@ -282,6 +282,13 @@ class Objective(nn.Module):
         for method in self.methods:
             method.start_epoch(epoch)
 
+    def gauges(self) -> dict[str, float]:
+        return {
+            f"{method.name}_{key}": value
+            for method in self.methods
+            for key, value in method.gauges().items()
+        }
+
     def after_step(self) -> None:
         for method in self.methods:
             method.after_step()
