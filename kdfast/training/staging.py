@@ -52,6 +52,7 @@ def choose_init(
             )
         return {}
     said: dict[str, Any] = {}
+    staged = False
     for where, inits in layers:
         here: dict[str, Any] = {}
         for name in able:
@@ -62,11 +63,12 @@ def choose_init(
                         f"--init-{key}"
                     )
         said |= here
+        staged = staged or bool(here.get("epochs"))
     init = said | flags
     if not init.get("epochs"):
         if idle := [key for key in given if key != "epochs"]:
             raise UsageError(f"--init-{idle[0]} is given, but no first stage; add --init-epochs N")
-        return {"epochs": 0} if said.get("epochs") else {}
+        return {"epochs": 0} if staged else {}
     if "opt" in init:
         check_optimizer("--init-opt", init["opt"])
     main = {
