@@ -6,9 +6,13 @@
         --teacher cifar_resnet110 --teacher-checkpoint RUN --student cifar_resnet20 --method kd at
     torchrun --nproc_per_node 8 train/distill.py --dataset folder --data-dir DIR \\
         --teacher vit_base_patch16_224 --teacher-checkpoint RUN --student resnet18 --method kd --amp
+    python train/distill.py --method fsp kd --init-epochs 2   two stages: fsp alone, then kd
+    python train/distill.py --teacher cifar_resnet20 --assistants cifar_resnet14 --method kd
 
-The story: load or, on digits, train the teacher; freeze it; pair layers; train the student on
-gamma * cross-entropy + the sum of weight * term; on digits, train the same student alone; compare.
+The story: load or, on digits, train the teacher; freeze it; have it teach the assistants, one the
+next, where there are any; pair layers; where a first stage is asked for, train the first layers on
+its terms alone; train the student on gamma * cross-entropy + the sum of weight * term; on digits,
+train the same student alone; compare.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ import sys
 from collections.abc import Sequence
 
 from kdfast.data import ImageData
+from kdfast.training.chain import Assistant, choose_assistants, distill_through
 from kdfast.training.classifier import score
-from kdfast.training.distillation import distill
 from kdfast.training.flags import (
     data_flags,
     distill_flags,
@@ -50,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     run_flags(parser)
     options = parse(parser, argv)
     choice = choose_methods(options)
+    assistants = choose_assistants(options, choice)
     if options.print_config:
         print_config(options, **choice.as_yaml())
         return
@@ -61,20 +66,23 @@ def main(argv: Sequence[str]) -> None:
     accelerator = start(options)
     data = load_data(options, accelerator)
     if options.eval_only:
-        name = run_folder(options, choice, data).path.name
+        name = run_folder(options, choice, assistants, data).path.name
         say(json.dumps(score(options, accelerator, data, name)))
         return
     for_each_seed(
         options,
         accelerator,
-        folder=lambda own: run_folder(own, choice, data),
-        train=lambda own, run: distill(own, choice, accelerator, data, run),
+        folder=lambda own: run_folder(own, choice, assistants, data),
+        train=lambda own, run: distill_through(assistants, own, choice, accelerator, data, run),
     )
 
 
-def run_folder(options: argparse.Namespace, choice: Choice, data: ImageData) -> RunFolder:
-    parts = [data.name, "+".join(choice.methods) or "none", options.teacher, options.model]
-    name = "-".join(["distill", *parts, f"s{options.seed}"]).replace("/", "_").replace(":", ".")
+def run_folder(
+    options: argparse.Namespace, choice: Choice, assistants: Sequence[Assistant], data: ImageData
+) -> RunFolder:
+    networks = [options.teacher, *(assistant.name for assistant in assistants), options.model]
+    parts = ["distill", data.name, "+".join(choice.methods) or "none", *networks]
+    name = "-".join([*parts, f"s{options.seed}"]).replace("/", "_").replace(":", ".")
     return choose_run(options, name)
 
 

@@ -13,7 +13,9 @@ _INCIDENTAL = FREE - {"epochs"} | {"seed", "teacher-checksum", "method", "method
 # What a network trained on labels alone does not depend on.
 _DISTILLING = {
     "teacher", "teacher-pretrained", "teacher-kwargs", "teacher-bn", "method", "methods", "alpha",
-    "beta", "gamma", "student-layers", "teacher-layers", "teacher-checksum", "generation",
+    "beta", "gamma", "student-layers", "teacher-layers", "teacher-checksum", "assistants",
+    "assistant-epochs", "init-epochs", "init-lr", "init-decay-milestones", "init-opt",
+    "init-weight-decay", "init-momentum", "generation",
 }  # fmt: skip
 
 

@@ -146,7 +146,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_plain(value: Any, depth: int = 3) -> bool:
+def _is_plain(value: Any, depth: int = 4) -> bool:
     if isinstance(value, list | dict):
         inner = [*value, *value.values()] if isinstance(value, dict) else value
         return depth > 0 and all(_is_plain(item, depth - 1) for item in inner)

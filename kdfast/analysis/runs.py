@@ -20,8 +20,8 @@ from kdfast.analysis.records import (
 )
 from kdfast.errors import UserError
 
-# Folders inside a run that hold no runs.
-_INNER = {"checkpoints", "tensorboard", "weights", "profile"}
+# Folders inside a run that hold no run to report on; a first stage is a part of its own.
+_INNER = {"checkpoints", "tensorboard", "weights", "profile", "first-stage"}
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,8 @@ class Method(nn.Module):
         gamma: weight of cross-entropy when this method is used and nobody gives one; None leaves
             the general rule (1, or 1 - alpha beside `kd`).
         heads: the kind of auxiliary classifiers the teacher must have, or None.
+        initialises: whether the term can train the layers it reaches alone, in a first stage before
+            a main one without it (`--init-epochs`).
         under_autocast: whether `forward` runs networks of its own, which may take the precision of
             the others; it must then bring what it compares to float32.
         formula: the term as docs/methods.md shows it; optional.
@@ -125,6 +127,7 @@ class Method(nn.Module):
     default_weight: ClassVar[float] = 1.0
     gamma: ClassVar[float | None] = None
     heads: ClassVar[str | None] = None
+    initialises: ClassVar[bool] = False
     under_autocast: ClassVar[bool] = False
     formula: ClassVar[str] = ""
     equivalences: ClassVar[dict[str, str]] = {}

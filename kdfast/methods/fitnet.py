@@ -21,7 +21,8 @@ class Hints(Method):
     apart: 3x3 of stride 2 to half the size, transposed 4x4 of stride 2 to twice the size, and
     without padding, 1 + H_s - H_t wide, to any other size up to the student's own. Where none of
     these serves (the student's map is smaller, but not by half), both maps are average pooled to
-    the smaller height and width, and the convolution is 1x1. One-stage form, beside cross-entropy.
+    the smaller height and width, and the convolution is 1x1. One stage, beside
+    cross-entropy, or with --init-epochs the paper's two: the hint alone, then training without it.
     The stage counts among the pairs of stages; of several named layers the terms are summed.
 
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv 1412.6550; the
@@ -29,6 +30,7 @@ class Hints(Method):
     """
 
     default_weight = 100.0
+    initialises = True
     under_autocast = True
     stage = Option(2, "pair of stages to match: 1 is the shallowest, -1 the last")
     regressor = Option("on", "auto has none where shapes agree, off never", ("on", "off", "auto"))

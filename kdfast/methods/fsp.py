@@ -15,12 +15,14 @@ class FlowOfSolution(Method):
     """Flow of solution procedure: match how features change between layers.
 
     The Gram matrix of every two consecutive feature maps (stem after its ReLU first) is compared.
-    One-stage form.
+    One stage with cross-entropy, or with `--init-epochs` the paper's two: the term alone, then
+    training without it.
 
     Source: Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation", CVPR 2017, eq. 1 and 2. The
     paper pools by maximum, the public code bases by average.
     """
 
+    initialises = True
     pool = Option("avg", "how a larger map is brought to the next one's size", ("avg", "max"))
     formula = "sum_pairs mean_(b,i,j) (G_s - G_t)^2, G_ij = sum_xy F1_i F2_j / (h w)"
     equivalences: ClassVar = {

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import nn
 
-from kdfast.data import ImageData
+from kdfast.data import ImageData, Loader
 from kdfast.methods import find_method
 from kdfast.models import InputAdapter, Taps, checksum, load_weights
 from kdfast.training.classifier import describe, train_classifier
 from kdfast.training.evaluate import evaluate
+from kdfast.training.first_stage import Hints, first_stage_options, train_first_stage
 from kdfast.training.journal import say
 from kdfast.training.keeper import StudentKeeper
-from kdfast.training.loop import Trainer
+from kdfast.training.loop import Trainer, create_optimizer
 from kdfast.training.objective import Choice, Objective, TapPlan, plan_taps
 from kdfast.training.run_folder import RunFolder, on_main
 from kdfast.training.setup import (
+    Inputs,
     arguments_of,
     build_model,
     choose_inputs,
@@ -32,103 +39,231 @@ from kdfast.training.teaching import load_teacher, train_teacher
 from kdfast.training.tell import comparison
 
 
+@dataclass
+class Stage:
+    """An objective, the teacher it asks and the layers they compare."""
+
+    options: argparse.Namespace
+    choice: Choice
+    plan: TapPlan
+    objective: Objective
+    teacher: Teacher
+
+
+@dataclass
+class Assembly:
+    """All that a run trains with, checked as far as that needs no training.
+
+    `network` is the teacher's, `parent` the checksum of its weights and `source` where they are
+    from; they are random until `prepare_teacher` was called. `alone` is the student once more,
+    where a baseline is wanted; `first` trains a copy of it, where there is a first stage.
+    """
+
+    student: nn.Module
+    alone: nn.Module | None
+    inputs: Inputs
+    train: Loader
+    held_out: Loader
+    prepare: Callable[[torch.Tensor], torch.Tensor]
+    network: nn.Module
+    parent: str
+    source: str | None
+    main: Stage
+    first: Stage | None
+
+    @property
+    def stages(self) -> list[Stage]:
+        return [self.main] if self.first is None else [self.first, self.main]
+
+
+def assemble(
+    options: argparse.Namespace,
+    choice: Choice,
+    accelerator: Accelerator,
+    data: ImageData,
+    *,
+    seed_name: str = "student",
+) -> Assembly:
+    """Build and check both networks, loaders and objectives; writes nothing.
+
+    The student's weights are drawn from (seed, `seed_name`).
+    """
+    student = build_model(options, data.classes, seed_name=seed_name)
+    inputs = choose_inputs(options, data, student)
+    try_out(student, inputs, data.classes)
+    train, held_out = make_loaders(options, data, inputs, accelerator)
+    alone = copy.deepcopy(student) if options.baseline else None
+    begun = copy.deepcopy(student) if choice.staged else None
+
+    model, teacher_inputs = load_teacher(options, data)
+    parent = checksum(model.state_dict())  # before --teacher-bn batch lets its statistics drift
+    adapter = InputAdapter(
+        inputs.mean, inputs.std, teacher_inputs.mean, teacher_inputs.std, teacher_inputs.size
+    )
+    adapter, model = adapter.to(accelerator.device), model.to(accelerator.device)
+    prepare = preparer(inputs, accelerator, channels_last=options.channels_last)
+    batch = next(iter(held_out.epoch(0)))
+    example = prepare(batch.images[:2])
+
+    def stage(
+        options: argparse.Namespace, choice: Choice, student: nn.Module, kind: type[Objective]
+    ) -> Stage:
+        methods = [find_method(name)(**chosen) for name, chosen in choice.methods.items()]
+        plan = plan_taps(methods, student, model, options.student_layers, options.teacher_layers)
+        teacher = Teacher(model, plan.teacher_layers, adapter, bn=options.teacher_bn)
+        taps = Taps(student.to(accelerator.device), plan.student_layers)
+        objective = kind(taps, methods, choice.weights, choice.gamma, plan.views, options.smoothing)
+        objective.setup(
+            plan,
+            taps.calibrate(example),
+            teacher.calibrate(example),
+            data.classes,
+            training_labels=lambda: data.train.labels(),
+            epochs=options.epochs,
+            seed=options.seed,
+        )
+        objective.to(accelerator.device)
+        create_optimizer(objective, options)
+        return Stage(options, choice, plan, objective, teacher)
+
+    main = stage(options, choice.main_stage(), student, Objective)
+    first = None
+    if begun is not None:
+        own = first_stage_options(options, choice.init)
+        first = stage(own, choice.first_stage(), begun, Hints)
+        labels, indices = (x[:2].to(accelerator.device) for x in (batch.labels, batch.indices))
+        first.objective.rest(example, labels, *first.teacher(example), indices=indices)
+    return Assembly(
+        student, alone, inputs, train, held_out, prepare, model, parent,
+        options.teacher_checkpoint, main, first,
+    )  # fmt: skip
+
+
+def prepare_teacher(
+    options: argparse.Namespace, accelerator: Accelerator, data: ImageData, made: Assembly
+) -> None:
+    """Train the teacher where neither checkpoint nor published weights were asked for."""
+    if options.teacher_checkpoint is None and not options.teacher_pretrained:
+        # Only now, when nothing about the request can be refused any more.
+        path = train_teacher(options, accelerator, data)
+        load_weights(made.network, path)
+        made.source = str(path.parent)
+        made.parent = checksum(made.network.state_dict())
+    if options.torchcompile:
+        for stage in made.stages:
+            stage.teacher.compile()
+
+
+def score_teacher(
+    options: argparse.Namespace, accelerator: Accelerator, made: Assembly
+) -> dict[str, Any]:
+    """The teacher as a chain names it: `architecture`, `checksum`, `top1`, `run`."""
+    taught = evaluate(lambda x: made.main.teacher(x)[0], made.held_out, accelerator, made.prepare)
+    return {
+        "architecture": options.teacher,
+        "checksum": made.parent,
+        "top1": taught["top1"],
+        "run": made.source,
+    }
+
+
 def distill(
     options: argparse.Namespace,
     choice: Choice,
     accelerator: Accelerator,
     data: ImageData,
     run: RunFolder,
+    *,
+    seed_name: str = "student",
+    chain: list[dict[str, Any]] | None = None,
+    recorded: argparse.Namespace | None = None,
+    keep: bool = False,
 ) -> dict[str, Any]:
-    """One run into `run`; returns its results."""
-    student = build_model(options, data.classes, seed_name="student")
-    inputs = choose_inputs(options, data, student)
+    """One run into `run`; returns its results.
+
+    As a link of a chain: `chain` are the networks before its teacher, `recorded` the options that
+    its record tells instead of its own, and with `keep` a finished run stays as it is.
+    """
     resume = options.resume is not None
-    try_out(student, inputs, data.classes)
-    train, held_out = make_loaders(options, data, inputs, accelerator)
-    alone = copy.deepcopy(student) if options.baseline else None
-
-    model, teacher_inputs = load_teacher(options, data)
-    parent = checksum(model.state_dict())  # before --teacher-bn batch lets its statistics drift
-    methods = [find_method(name)(**chosen) for name, chosen in choice.methods.items()]
-    plan = plan_taps(methods, student, model, options.student_layers, options.teacher_layers)
-    adapter = InputAdapter(
-        inputs.mean, inputs.std, teacher_inputs.mean, teacher_inputs.std, teacher_inputs.size
-    )
-    adapter, model = adapter.to(accelerator.device), model.to(accelerator.device)
-    teacher = Teacher(model, plan.teacher_layers, adapter, bn=options.teacher_bn)
-    taps = Taps(student.to(accelerator.device), plan.student_layers)
-    objective = Objective(
-        taps, methods, choice.weights, choice.gamma, plan.views, options.smoothing
-    )
-    prepare = preparer(inputs, accelerator, channels_last=options.channels_last)
-    example = prepare(next(iter(held_out.epoch(0))).images[:2])
-    objective.setup(
-        plan,
-        taps.calibrate(example),
-        teacher.calibrate(example),
-        data.classes,
-        training_labels=lambda: data.train.labels(),
-        epochs=options.epochs,
-        seed=options.seed,
-    )
-    if options.teacher_checkpoint is None and not options.teacher_pretrained:
-        # Only now, when nothing about the request can be refused any more.
-        load_weights(model, train_teacher(options, accelerator, data))
-        parent = checksum(model.state_dict())
-    if options.torchcompile:
-        teacher.compile()
-    say_plan(options, choice, plan, data, run)
-    for method in methods:
-        for note in method.notes():
-            say(f"{method.name}: {note}")
-    taught = evaluate(lambda x: teacher(x)[0], held_out, accelerator, prepare)
+    made = assemble(options, choice, accelerator, data, seed_name=seed_name)
+    say(f"teacher {options.teacher} -> student {options.model} on {data.name}, into {run.path}")
+    prepare_teacher(options, accelerator, data, made)
+    for stage in made.stages:
+        say_plan(stage)
+    taught = score_teacher(options, accelerator, made)
     say(f"teacher top1 {taught['top1']:.2f}")
-
-    arguments = arguments_of(options, accelerator, data, **choice.as_yaml())
-    arguments["teacher-checksum"] = parent
+    arguments = arguments_of(recorded or options, accelerator, data, **choice.as_yaml())
+    arguments["teacher-checksum"] = made.parent
+    more: dict[str, Any] = {"teacher_top1": taught["top1"]}
+    if chain is not None:
+        more["chain"] = [*chain, taught]
+        more["teacher_top1"] = more["chain"][0 if recorded else -1]["top1"]
     with run.claimed(accelerator, arguments, resume=resume):
+        if keep and on_main(accelerator, run.results.exists):
+            return on_main(accelerator, lambda: json.loads(run.results.read_text()))
+        if chain is not None or made.first is not None:
+            on_main(accelerator, lambda: run.begin(arguments))
+        say_chain(more.get("chain", ()))
+        if made.first is not None:
+            aside, more["first_stage"] = train_first_stage(
+                made.first.options, made.first.choice, accelerator, data, made.first.objective,
+                made.first.teacher, made.inputs, made.prepare, run,
+                parent=made.parent, teacher_top1=taught["top1"],
+            )  # fmt: skip
+            load_weights(made.student, aside.weights("last"))
+            made.first = None
         trainer = Trainer(
             accelerator,
-            objective,
-            train,
-            held_out,
-            prepare,
+            made.main.objective,
+            made.train,
+            made.held_out,
+            made.prepare,
             run,
             options,
             StudentKeeper(
                 run,
-                metadata(student, options.model_kwargs, data, inputs, parent),
+                metadata(made.student, options.model_kwargs, data, made.inputs, made.parent),
                 options.save_epochs,
             ),
             arguments,
-            teacher=teacher if methods else None,
+            teacher=made.main.teacher if made.main.choice.methods else None,
             resume=resume,
         )
         scores = trainer.fit()
         baseline = None
-        if alone is not None:
+        if made.alone is not None:
             say("student alone, from the same initial weights")
             aside = RunFolder(run.path / "baseline")
             begun = on_main(accelerator, aside.path.exists)
             baseline = train_classifier(
-                options, accelerator, data, alone, inputs, aside, resume=begun
-            )
+                recorded or options, accelerator, data, made.alone, made.inputs, aside,
+                resume=begun,
+            )  # fmt: skip
+        more["baseline_top1"] = baseline and baseline["last"]["top1"]
         results = describe(
-            run, options, accelerator, train.plan.global_batch, student, inputs, scores,
-            teacher_top1=taught["top1"],
-            baseline_top1=baseline and baseline["last"]["top1"],
+            run, options, accelerator, made.train.plan.global_batch, made.student, made.inputs,
+            scores, **more,
         )  # fmt: skip
         on_main(accelerator, lambda: run.write_results(results))
         say(comparison(options.teacher, options.model, taught, baseline, results, choice))
     return results
 
 
-def say_plan(
-    options: argparse.Namespace, choice: Choice, plan: TapPlan, data: ImageData, run: RunFolder
-) -> None:
-    """Say what is about to be trained: networks, loss and the layers each method compares."""
-    say(f"teacher {options.teacher} -> student {options.model} on {data.name}, into {run.path}")
-    say(f"loss = {describe_loss(choice)}")
+def say_chain(chain: Sequence[dict[str, Any]]) -> None:
+    """Say who taught whom: the teacher and the assistants after it, each by its checksum."""
+    for number, network in enumerate(chain):
+        kind = f"assistant {number}" if number else "chain: teacher"
+        say(
+            f"{kind} {network['architecture']}, weights {network['checksum']}, "
+            f"top1 {network['top1']:.2f}"
+        )
+
+
+def say_plan(stage: Stage) -> None:
+    """Say what is about to be trained: the loss, the layers each method compares, its notes."""
+    first = isinstance(stage.objective, Hints)
+    say(f"loss{' of the first stage' if first else ''} = {describe_loss(stage.choice)}")
+    plan = stage.plan
     for name, (ours, theirs) in plan.views.items():
         pairs = (
             f"{plan.teacher_layers[j]} -> {plan.student_layers[i]}"
@@ -136,6 +271,9 @@ def say_plan(
         )
         if ours:
             say(f"{name}: {', '.join(pairs)}")
+    for method in stage.objective.methods:
+        for note in method.notes():
+            say(f"{method.name}: {note}")
 
 
 def describe_loss(choice: Choice) -> str:

@@ -153,6 +153,18 @@ def distill_flags(parser: Parser) -> None:
         help="batch reproduces a published loop that left the teacher in training mode",
     )
 
+    flag(
+        group,
+        "--assistants",
+        nargs="+",
+        metavar="NAME[=PATH]",
+        help="networks between teacher and student: each is distilled from the one before, "
+        "or taken from a weights file or run folder",
+    )
+    flag(
+        group, "--assistant-epochs", type=positive, metavar="N", help="of each (default: --epochs)"
+    )
+
     names = method_names()
     group = parser.add_argument_group(
         "method", "The total loss is gamma * cross-entropy + the sum over methods of weight * term."
@@ -199,8 +211,39 @@ def distill_flags(parser: Parser) -> None:
         help="run a Python file of yours that defines methods (command line only)",
     )
     _method_flags(parser, group, names)
+    first_stage_flags(parser)
     lines = [f"  {name:8} {find_method(name).__doc__.strip().splitlines()[0]}" for name in names]
     parser.epilog = "\n".join(["methods:", *lines, "", parser.epilog or ""])
+
+
+def first_stage_flags(parser: Parser) -> None:
+    """`--init-...`; without the `init-`, the keys of a method's `init` in a recipe or config."""
+    flag = parser.flag
+    names = [name for name in method_names() if find_method(name).initialises]
+    group = parser.add_argument_group(
+        "first stage",
+        f"{', '.join(names)}: the term alone trains the layers it reaches; then the student is "
+        "trained without it. Rates drop by --decay-rate.",
+    )
+    flag(
+        group,
+        "--init-epochs",
+        type=natural,
+        metavar="N",
+        help="epochs of the first stage; 0 trains in one stage (default: the recipe's, else 0)",
+    )
+    flag(group, "--init-lr", type=amount, help="its learning rate (default: --lr)")
+    flag(
+        group,
+        "--init-decay-milestones",
+        type=natural,
+        nargs="*",
+        metavar="EPOCH",
+        help="its epochs trained before each drop (default: no drop)",
+    )
+    flag(group, "--init-opt", metavar="NAME", help="its optimizer (default: --opt)")
+    flag(group, "--init-weight-decay", type=amount, help="(default: --weight-decay)")
+    flag(group, "--init-momentum", type=fraction, help="(default: --momentum)")
 
 
 def _method_flags(parser: Parser, group: Any, names: list[str]) -> None:

@@ -19,6 +19,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from kdfast.data import Batch, Loader
@@ -46,6 +47,21 @@ class Progress:
     position: Position
     sums: list[float]
     seconds: float = 0.0
+
+
+def create_optimizer(objective: nn.Module, options: argparse.Namespace) -> Optimizer:
+    """The optimizer that `options` name; raises `UsageError` when it refuses its settings."""
+    try:
+        return create_optimizer_v2(
+            objective,
+            opt=options.opt,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            momentum=options.momentum,
+            filter_bias_and_bn=options.filter_bias_and_bn,
+        )
+    except (ValueError, AssertionError) as error:
+        raise UsageError(f"--opt {options.opt}: {error}") from None
 
 
 class Trainer:
@@ -76,17 +92,7 @@ class Trainer:
         self.keeper, self.arguments, self.teacher = keeper, arguments, teacher
         layout = torch.channels_last if options.channels_last else torch.preserve_format
         self.objective = objective.to(accelerator.device, memory_format=layout)
-        try:
-            self.optimizer = create_optimizer_v2(
-                objective,
-                opt=options.opt,
-                lr=options.lr,
-                weight_decay=options.weight_decay,
-                momentum=options.momentum,
-                filter_bias_and_bn=options.filter_bias_and_bn,
-            )
-        except (ValueError, AssertionError) as error:
-            raise UsageError(f"--opt {options.opt}: {error}") from None
+        self.optimizer = create_optimizer(objective, options)
         self.schedule = Schedule(self.optimizer, options, train.plan.steps)
         self.average = None
         if options.model_ema:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,15 +15,38 @@ from kdfast.errors import UsageError, unknown
 from kdfast.methods import Method, Option, Outputs, Pairing, expand, find_method
 from kdfast.models import Taps, default_stages, pair_stages, penultimate
 from kdfast.seeding import derive_seed, local_randomness
+from kdfast.training.staging import choose_init, read_init
 
 
 @dataclass
 class Choice:
-    """The methods of a run with their options and weights, and the weight of cross-entropy."""
+    """The methods of a run with their options and weights, and the weight of cross-entropy.
+
+    `init` are the settings of a first stage, as a method's `init` in a recipe has them; the run is
+    of one stage where its `epochs` are 0 or missing.
+    """
 
     methods: dict[str, dict[str, Any]]
     weights: dict[str, float]
     gamma: float
+    init: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def staged(self) -> bool:
+        """Whether some methods have a stage of their own before the main one."""
+        return bool(self.init.get("epochs"))
+
+    def first_stage(self) -> Choice:
+        """The methods that train first, without cross-entropy."""
+        return self._of(True, gamma=0.0)
+
+    def main_stage(self) -> Choice:
+        """All that a run of one stage has; else what remains after the first."""
+        return replace(self, init={}) if not self.staged else self._of(False, gamma=self.gamma)
+
+    def _of(self, first: bool, gamma: float) -> Choice:
+        methods = {n: o for n, o in self.methods.items() if find_method(n).initialises == first}
+        return Choice(methods, self.weights, gamma)
 
     def as_yaml(self) -> dict[str, Any]:
         """The `method`, `methods` and `gamma` keys that give this choice again."""
@@ -31,6 +54,9 @@ class Choice:
             name: {find_method(name).weight_flag: self.weights[name], **options}
             for name, options in self.methods.items()
         }
+        for name in named if self.init else ():
+            if find_method(name).initialises:
+                named[name]["init"] = self.init
         return {"method": list(named) or ["none"], "methods": named, "gamma": self.gamma}
 
 
@@ -39,21 +65,25 @@ def choose_methods(options: argparse.Namespace) -> Choice:
 
     In a file's `methods`, a key `at+kd` holds for exactly that combination and may give `alpha`,
     `beta`, `gamma`; a single method's gamma holds in combinations too. `refuse` is the reason for
-    which a recipe cannot serve a method.
+    which a recipe cannot serve a method, `init` the settings of its first stage. Methods that have
+    one do not bear on the gamma of the main stage.
     """
     names = list(dict.fromkeys(name for word in options.method or () for name in expand(word)))
     weights = {name: find_method(name).default_weight for name in names}
     chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
     gamma = None
-    for where, layer in options.layers_of_methods:
-        found = _checked(where, layer)
+    layers = [(where, *_checked(where, layer)) for where, layer in options.layers_of_methods]
+    init = choose_init(options, names, [(where, inits) for where, _, inits in layers])
+    main = [name for name in names if not (init.get("epochs") and find_method(name).initialises)]
+    for where, found, _ in layers:
         gammas = {}
         for name in names:
             entry = found.get(frozenset([name]), {})
             if "refuse" in entry:
                 raise UsageError(entry["refuse"])
-            if "gamma" in entry:
-                gammas[name] = entry.pop("gamma")
+            own_gamma = entry.pop("gamma", None)
+            if own_gamma is not None and name in main:
+                gammas[name] = own_gamma
             weights[name] = entry.pop(find_method(name).weight_flag, weights[name])
             chosen[name] |= entry
         together = found.get(frozenset(names), {}) if len(names) > 1 else {}
@@ -82,19 +112,19 @@ def choose_methods(options: argparse.Namespace) -> Choice:
     if options.gamma is not None:
         gamma = options.gamma
     if gamma is None:
-        own = [cls.gamma for cls in map(find_method, names) if cls.gamma is not None]
+        own = [cls.gamma for cls in map(find_method, main) if cls.gamma is not None]
         gamma = own[0] if own else 1 - weights["kd"] if "kd" in names else 1.0
     if gamma < 0:
         raise UsageError(f"--alpha {weights['kd']} makes gamma negative; give --gamma")
-    return Choice(chosen, weights, gamma)
+    return Choice(chosen, weights, gamma, init)
 
 
 _WEIGHT = Option(1.0, "weight of a term", least=0.0)
 
 
-def _checked(where: str, layer: dict) -> dict[frozenset, dict]:
-    """A file's `methods` by the names they hold for, unused ones checked as well."""
-    found = {}
+def _checked(where: str, layer: dict) -> tuple[dict[frozenset, dict], dict[str, dict]]:
+    """A file's `methods` by the names they hold for, and their `init` by name; all are checked."""
+    found, inits = {}, {}
     for key, entry in layer.items():
         try:
             classes = [find_method(part) for part in str(key).split("+")]
@@ -104,13 +134,16 @@ def _checked(where: str, layer: dict) -> dict[frozenset, dict]:
         options |= {cls.weight_flag: _WEIGHT for cls in classes}
         if len(classes) == 1:
             options |= classes[0].options() | {"refuse": Option("", "why it is not served")}
+            if classes[0].initialises and "init" in entry:
+                own, entry = entry["init"], {k: v for k, v in entry.items() if k != "init"}
+                inits[classes[0].name] = read_init(f"{where}: methods: {key}", own)
         for option in entry.keys() - options.keys():
             raise unknown(f"option in {where}: methods: {key}:", str(option), options)
         found[frozenset(cls.name for cls in classes)] = {
             option: options[option].checked(f"{where}: methods: {key}: {option}", value)
             for option, value in entry.items()
         }
-    return found
+    return found, inits
 
 
 def _apply_weight_flags(
@@ -238,7 +271,7 @@ class Objective(nn.Module):
         label_smoothing: float = 0.0,
     ):
         super().__init__()
-        self.student = student
+        self.student, self.learns_labels = student, True
         self.methods = nn.ModuleList(methods)
         self.weights, self.gamma = dict(weights or {}), gamma
         self.views, self.label_smoothing = dict(views or {}), label_smoothing
@@ -308,6 +341,8 @@ class Objective(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             logits = logits.float()
             ce = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            if not self.learns_labels:
+                ce = ce.detach()
             total, terms = self.gamma * ce, [ce]
             for method in self.methods:
                 ours, theirs = self.views[method.name]

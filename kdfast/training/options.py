@@ -33,11 +33,7 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     options.dataset = dataset_name(options.dataset)
     if options.batch_size and "global_batch_size" not in options.given:
         options.global_batch_size = None  # the recipe's, which -b replaces
-    kind = options.opt.lower().rpartition("_")[2]
-    if kind not in list_optimizers():
-        raise unknown("value of --opt", options.opt, list_optimizers())
-    if get_optimizer_info(kind).second_order:
-        raise UsageError(f"--opt {options.opt} needs second-order gradients; choose another")
+    check_optimizer("--opt", options.opt)
     for flag, bounds in (("--scale", options.scale), ("--ratio", options.ratio)):
         if not 0 < bounds[0] <= bounds[1]:
             text = " ".join(f"{bound:g}" for bound in bounds)
@@ -64,6 +60,15 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     if max(options.save_epochs, default=0) > options.epochs:
         raise UsageError(f"--save-epochs {max(options.save_epochs)} is after the last epoch")
     return options
+
+
+def check_optimizer(flag: str, name: str) -> None:
+    """Raise `UsageError` for an optimizer that timm lacks or the loop cannot run."""
+    kind = name.lower().rpartition("_")[2]
+    if kind not in list_optimizers():
+        raise unknown(f"value of {flag}", name, list_optimizers())
+    if get_optimizer_info(kind).second_order:
+        raise UsageError(f"{flag} {name} needs second-order gradients; choose another")
 
 
 def _canonical(key: str, word: str) -> list[str]:

@@ -60,6 +60,10 @@ class Parser(argparse.ArgumentParser):
                 found |= dict.fromkeys(names, action)
         return found
 
+    def converted(self, key: str, value: Any, where: str, said: str) -> Any:
+        """The YAML value of `key` as the flag would have parsed it; errors call it `said`."""
+        return _convert(said, self.actions()[key], value, where)
+
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """The flags on the command line by dest; raises `UsageError` for what it does not know."""
         known, rest = self.parse_known_args([_dashes(token) for token in argv])

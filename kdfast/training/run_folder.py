@@ -9,7 +9,7 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -26,7 +26,10 @@ from kdfast.training.layout import FREE, LAYOUT
 
 T = TypeVar("T")
 # Named first when several differ.
-_TELLING = ("dataset", "model", "teacher", "teacher-checksum", "method", "methods", "opt", "seed")
+_TELLING = (
+    "dataset", "model", "teacher", "assistants", "teacher-checksum", "method", "methods", "opt",
+    "seed",
+)  # fmt: skip
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
@@ -106,6 +109,8 @@ class RunFolder:
         self.results = path / "results.json"
         self.log = path / "train.log"
         self._lock: IO | None = None
+        self._claimed = self._begun = False
+        self._later: frozenset[str] = frozenset()
 
     def check(self, *, resume: bool) -> None:
         """Raise early what `begin` would raise late; writes nothing."""
@@ -120,14 +125,26 @@ class RunFolder:
 
     @contextmanager
     def claimed(
-        self, accelerator: Accelerator, arguments: dict[str, Any], *, resume: bool
+        self,
+        accelerator: Accelerator,
+        arguments: dict[str, Any],
+        *,
+        resume: bool,
+        later: Collection[str] = (),
     ) -> Iterator[None]:
         """Hold the folder for this run alone, checked against the `arguments` it was made with.
 
-        Nothing but the summary's rows after the last checkpoint changes before `begin`. Raises
-        `UsageError` when the folder is of another run, `UserError` when another process holds it or
-        its record is damaged.
+        Nothing but the summary's rows after the last checkpoint changes before `begin`. `later` are
+        keys that only get a value within the claim: what the record has of them is put into
+        `arguments`. A claim within the claim checks its own `arguments`, which then have them all.
+        Raises `UsageError` when the folder is of another run, `UserError` when another process
+        holds it or its record is damaged.
         """
+        if self._claimed:
+            on_main(accelerator, lambda: self._check_same(arguments))
+            yield
+            return
+        self._claimed, self._later = True, frozenset(later)
         logs = journal.depth()
         try:
             on_main(accelerator, lambda: self._claim(arguments, resume))
@@ -141,6 +158,7 @@ class RunFolder:
         finally:
             if journal.depth() > logs:
                 journal.close_log()
+            self._claimed = self._begun = False
             if self._lock is not None:
                 self._lock.close()
                 self._lock = None
@@ -152,7 +170,7 @@ class RunFolder:
             self._check_same(arguments)
 
     def begin(self, arguments: dict[str, Any]) -> None:
-        """Make or enter the folder, record `arguments`, open the log."""
+        """Make or enter the folder, record `arguments`, open the log unless it is open."""
         try:
             # Of two that find none at the same time one makes it.
             self.path.mkdir(parents=True, exist_ok=self._lock is not None)
@@ -162,7 +180,9 @@ class RunFolder:
             ) from None
         self._take_lock()
         self.write_arguments(arguments)
-        journal.open_log(self.log)
+        if not self._begun:
+            journal.open_log(self.log)
+            self._begun = True
 
     def _take_lock(self) -> None:
         if self._lock is not None:
@@ -188,6 +208,11 @@ class RunFolder:
         try:
             record = yaml.safe_load(self.arguments.read_text())
             before, layout = record["options"], int(record.get("layout", 1))
+            for key in self._later:
+                if key in before:
+                    arguments.setdefault(key, before[key])
+                elif key in arguments:
+                    before[key] = arguments[key]
             keys = [*_TELLING, *sorted((before.keys() | arguments.keys()) - self.free)]
             differing = [key for key in keys if before.get(key) != arguments.get(key)]
         except (

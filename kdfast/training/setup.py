@@ -347,7 +347,10 @@ def plain(options: argparse.Namespace, **resolved: Any) -> dict[str, Any]:
         "seeds",
         "eval_only",
     }
-    replaced = {"method", "alpha", "beta", "gamma"} if "methods" in resolved else set()
+    replaced = set()
+    if "methods" in resolved:
+        staging = {key for key in vars(options) if key.startswith("init_")}
+        replaced = {"method", "alpha", "beta", "gamma"} | staging
     content = {
         key.replace("_", "-"): dict(value) if key.endswith("_kwargs") else value
         for key, value in sorted(vars(options).items())
