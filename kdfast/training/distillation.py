@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from kdfast.data import ImageData
 from kdfast.methods import find_method
-from kdfast.models import InputAdapter, Taps, checksum, load_weights
+from kdfast.models import InputAdapter, Taps, checksum
 from kdfast.training.classifier import describe, train_classifier
 from kdfast.training.evaluate import evaluate
 from kdfast.training.journal import say
@@ -28,7 +28,7 @@ from kdfast.training.setup import (
     try_out,
 )
 from kdfast.training.teacher import Teacher
-from kdfast.training.teaching import load_teacher, train_teacher
+from kdfast.training.teaching import has_teacher, load_teacher, mount_heads, teach
 from kdfast.training.tell import comparison
 
 
@@ -50,7 +50,11 @@ def distill(
     model, teacher_inputs = load_teacher(options, data)
     parent = checksum(model.state_dict())  # before --teacher-bn batch lets its statistics drift
     methods = [find_method(name)(**chosen) for name, chosen in choice.methods.items()]
-    plan = plan_taps(methods, student, model, options.student_layers, options.teacher_layers)
+    heads = mount_heads(options, choice, data, model, teacher_inputs)
+    mounted = heads.layers if heads else ()
+    plan = plan_taps(
+        methods, student, model, options.student_layers, options.teacher_layers, mounted
+    )
     adapter = InputAdapter(
         inputs.mean, inputs.std, teacher_inputs.mean, teacher_inputs.std, teacher_inputs.size
     )
@@ -67,14 +71,19 @@ def distill(
         taps.calibrate(example),
         teacher.calibrate(example),
         data.classes,
+        head_layers=mounted,
+        head_widths=heads.widths if heads else (),
         training_labels=lambda: data.train.labels(),
         epochs=options.epochs,
         seed=options.seed,
     )
-    if options.teacher_checkpoint is None and not options.teacher_pretrained:
+    if not has_teacher(options) or (heads and options.heads is None):
         # Only now, when nothing about the request can be refused any more.
-        load_weights(model, train_teacher(options, accelerator, data))
+        heads = teach(options, accelerator, data, model, teacher_inputs, heads)
         parent = checksum(model.state_dict())
+    if heads:
+        teacher.mount([head.to(accelerator.device) for head in heads.modules], plan.head_positions)
+        say(f"{heads.kind} heads on {', '.join(heads.layers)}, from {heads.where}")
     if options.torchcompile:
         teacher.compile()
     say_plan(options, choice, plan, data, run)
@@ -83,6 +92,8 @@ def distill(
 
     arguments = arguments_of(options, accelerator, data, **choice.as_yaml())
     arguments["teacher-checksum"] = parent
+    if heads:
+        arguments["heads-checksum"] = heads.checksum()
     with run.claimed(accelerator, arguments, resume=resume):
         trainer = Trainer(
             accelerator,

@@ -113,7 +113,8 @@ def model_flags(parser: Parser, *, student: bool) -> None:
     )
 
 
-def distill_flags(parser: Parser) -> None:
+def teacher_flags(parser: Parser) -> Any:
+    """Which network teaches; returns the group of flags."""
     flag = parser.flag
     group = parser.add_argument_group("teacher")
     flag(
@@ -143,7 +144,19 @@ def distill_flags(parser: Parser) -> None:
         "--teacher-epochs",
         type=positive,
         default=8,
-        help="epochs of the teacher that is trained on digits when none is given",
+        help="epochs of the teacher, and of heads, that are trained on digits when none are given",
+    )
+    return group
+
+
+def distill_flags(parser: Parser) -> None:
+    flag = parser.flag
+    group = teacher_flags(parser)
+    flag(
+        group,
+        "--heads",
+        metavar="PATH",
+        help="run folder of train/heads.py, for methods that use a teacher's auxiliary classifiers",
     )
     flag(
         group,
@@ -213,7 +226,7 @@ def _method_flags(parser: Parser, group: Any, names: list[str]) -> None:
         for key, option in find_method(name).options().items():
             shared.setdefault(option.flag_of(name, key), []).append((name, key, option))
     for flag, uses in shared.items():
-        said = [f"{name}: {option.help} (default: {option.default})" for name, _, option in uses]
+        said = [f"{name}: {option.help} (default: {option.shown()})" for name, _, option in uses]
         if flag == "--alpha":
             said.insert(0, "kd: weight of the term (default: 0.9)")
             parser.flag(group, flag, type=amount, help="; ".join(said))
@@ -224,9 +237,41 @@ def _method_flags(parser: Parser, group: Any, names: list[str]) -> None:
             kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         elif option.choices:
             kind = {"choices": option.choices}
+        elif isinstance(option.default, tuple):
+            kind = {"type": float, "nargs": "+", "metavar": "VALUE"}
         else:
             kind = {"type": type(option.default), "metavar": "VALUE"}
         parser.flag(group, flag, dest=dest, help="; ".join(said), **kind)
+
+
+def head_flags(parser: Parser) -> None:
+    flag = parser.flag
+    group = parser.add_argument_group("heads")
+    flag(
+        group,
+        "--kind",
+        choices=("linear", "deep"),
+        default="linear",
+        help="linear: on the frozen teacher, for dih; deep: trained together with it, for tofd",
+    )
+    flag(
+        group,
+        "--teacher-layers",
+        nargs="+",
+        metavar="LAYER",
+        help="layers to mount heads on instead of the stages, shallow to deep; of --kind deep the "
+        "last is the one that the network's own classifier follows",
+    )
+    flag(
+        group,
+        "--head-pool",
+        type=positive,
+        nargs="+",
+        metavar="SIDE",
+        help="average pool maps to this height and width before a linear head",
+    )
+    parser.switch(group, "--pretrained", help="deep: start from timm's published weights")
+    flag(group, "--initial-checkpoint", metavar="PATH", help="deep: start from these weights")
 
 
 def training_flags(parser: Parser) -> None:
@@ -392,8 +437,9 @@ def run_flags(parser: Parser) -> None:
 
 def every_key() -> set[str]:
     """The YAML keys of all scripts: a recipe serves them all."""
-    parser = Parser()
+    parser, heads = Parser(), Parser()
     for add in (data_flags, distill_flags, training_flags, run_flags):
         add(parser)
     model_flags(parser, student=True)
-    return set(parser.actions())
+    head_flags(heads)
+    return set(parser.actions()) | set(heads.actions())
