@@ -251,7 +251,8 @@ def train_linear(
     heads, records = build_heads(options, network, fed.size, data.classes)
     parent = checksum(network.state_dict())
     arguments = arguments_of(options, accelerator, data) | {"teacher-checksum": parent}
-    known = metadata(network, dict(options.teacher_kwargs or ()), data, fed, parent)
+    known = metadata(network, {}, data, fed, parent)
+    del known["model_kwargs"]  # those of the parent's own file
     with run.claimed(accelerator, arguments, resume=resume):
         train, held_out = make_loaders(options, data, inputs, accelerator)
         adapter = InputAdapter(inputs.mean, inputs.std, fed.mean, fed.std, fed.size)

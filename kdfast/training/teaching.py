@@ -37,6 +37,7 @@ from kdfast.training.setup import (
     Inputs,
     build_model,
     choose_inputs,
+    load_checkpoint,
     recorded_inputs,
     try_out,
     weights_path,
@@ -81,7 +82,7 @@ def load_teacher(options: argparse.Namespace, data: ImageData) -> tuple[nn.Modul
         **kwargs,
     )
     if path is not None:
-        load_weights(model, path)
+        load_checkpoint(model, path)
     if fed is None:
         own = argparse.Namespace(**vars(options))
         own.pretrained, own.initial_checkpoint = options.teacher_pretrained, None
