@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import load_script
-from test_bad_input import DISTILL
+from test_bad_input import DISTILL, HEADS
 from test_methods import choice_of, objective_on
 from torch.nn import functional as F
 
@@ -19,7 +19,6 @@ from kdfast.errors import UsageError
 from kdfast.methods import Outputs, Pairing, find_method
 
 LOG3 = math.log(3)
-HEADS = "train/heads.py"
 FEW = ("--train-limit", 64, "--eval-limit", 64, "--epochs", 1)
 
 
@@ -94,7 +93,7 @@ def test_members_have_no_order_and_may_be_removed(cohort):
 
 
 def test_identical_members(cohort):
-    student, teacher, heads, labels = cohort
+    student, teacher, _, labels = cohort
     alone = term(student, teacher, [], labels)
     assert torch.allclose(term(student, teacher, [teacher] * 3, labels), 4 * alone)
     own = term(student, student, [student] * 3, labels)
