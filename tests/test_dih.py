@@ -234,5 +234,6 @@ def test_trains_and_reuses_heads_on_digits(run_script, teacher_run, tmp_path):
         ("--method dih --dih-reduction max", ["--dih-reduction", "sum", "mean"]),
     ],
 )
-def test_refused(refused, flags, words):
+def test_refused(refused, monkeypatch, flags, words):
+    monkeypatch.setattr("kdfast.training.loop.Trainer.fit", lambda self: pytest.fail("trains"))
     refused(2, DISTILL, *flags.split(), words=words)

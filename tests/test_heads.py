@@ -181,8 +181,9 @@ def test_best_head_scores_what_its_file_says(runs, teacher):
     record = record_of(path)
     mean, std = (torch.tensor(record[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     see = eval_transform(SIZE, 0.875, "bilinear", 32)
-    images = torch.stack([torch.as_tensor(see(data.eval[i][0])) for i in range(64)])
-    labels = torch.tensor([data.eval[i][1] for i in range(64)])
+    pairs = [data.eval.read(i) for i in range(64)]
+    images = torch.stack([see(image.convert("RGB")) for image, _ in pairs])
+    labels = torch.tensor([label for _, label in pairs])
     with torch.no_grad():
         _, (feature,) = Taps(teacher.eval(), ["layer1"])(to_float(images, mean, std))
         right = (heads.modules[0](feature)[1].argmax(1) == labels).float().mean()
@@ -224,13 +225,13 @@ def test_transformer_tokens_and_pooling(run_script, tmp_path):
     """Heads go on the maps that a ViT's tokens make; --head-pool shrinks larger ones only."""
     few = ("--dataset", "digits", "--img-size", 32, *FEW, "-b", 32)
     flags = (HEADS, *few, "--teacher", "vit_tiny_patch16_224", "--teacher-epochs", 1)
-    flags += ("--teacher-layers", "blocks.0", "blocks.11", "--head-pool", 1, 2)
-    flags += ("--teacher-kwargs", "depth=12", "embed_dim=24", "num_heads=2")
+    flags += ("--teacher-layers", "blocks.0", "blocks.1", "--head-pool", 1, 2)
+    flags += ("--teacher-kwargs", "depth=2", "embed_dim=24", "num_heads=2")
     code, _, err = run_script(*flags, "--experiment", "vit")
     assert code == 0, err
-    record = record_of(tmp_path / "vit/heads/2-blocks.11.safetensors")
+    record = record_of(tmp_path / "vit/heads/2-blocks.1.safetensors")
     assert record["shape"][0] == 24 and record["pool"] == [1, 2]
-    assert load_file(tmp_path / "vit/heads/2-blocks.11.safetensors")["fc.weight"].shape == (10, 48)
+    assert load_file(tmp_path / "vit/heads/2-blocks.1.safetensors")["fc.weight"].shape == (10, 48)
 
 
 def test_head_pool(run_script, teacher_run, tmp_path):
@@ -390,5 +391,6 @@ def test_refused_by_distill(refused, runs, linear, teacher_run, spoil, flags, wo
         ("--method dih", ["unknown flag '--method'"]),
     ],
 )
-def test_refused(refused, flags, words):
+def test_refused(refused, monkeypatch, flags, words):
+    monkeypatch.setattr("kdfast.training.loop.Trainer.fit", lambda self: pytest.fail("trains"))
     refused(2, HEADS, *flags.split(), words=words)
