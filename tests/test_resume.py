@@ -26,7 +26,7 @@ from kdfast.training.checkpoint import Position
 ROOT = Path(__file__).parent.parent
 TORCHRUN = (Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2)
 THREE = (*TORCHRUN[:2], 3)
-CLASSIFIER, DISTILL = "train/classifier.py", "train/distill.py"
+CLASSIFIER, DISTILL, HEADS = "train/classifier.py", "train/distill.py", "train/heads.py"
 BORN_AGAIN = "train/born_again.py"
 FEW = ("--model", "cifar_resnet8", "--train-limit", 203, "--eval-limit", 90, "--epochs", 3,
        "--checkpoint-steps", 1)  # fmt: skip
@@ -61,7 +61,8 @@ def record_of(run: Path) -> dict:
     for row in rows:
         del row["seconds"], row["images_per_second"]
     results = json.loads((run / "results.json").read_text())
-    weights = {p.name: checksum(load_file(p)) for p in sorted(run.glob("*.safetensors"))}
+    kept = [*run.glob("*.safetensors"), *run.glob("heads/*.safetensors")]
+    weights = {p.name: checksum(load_file(p)) for p in sorted(kept)}
     last = checkpoint.latest(run / "checkpoints")
     weights |= {p.name: checksum(load_file(p)) for p in sorted(last.glob("*.safetensors"))}
     return {"rows": rows, "last": results["last"], "best": results["best"], **weights}
@@ -74,6 +75,9 @@ CASES = {
     "distilled": (),
     "contrasted": ("--method", "crd", "kd", "--crd-negatives", 40, "--crd-positives", "relax",
                    "--grad-accum-steps", 2),
+    "linear heads": (),
+    "deep heads": ("--kind", "deep"),
+    "intermediate classifiers": ("--method", "dih", "--teacher-epochs", 1),
     "three": ("-b", 16, "--model", "cifar_resnet20", "--epochs", 2),
 }  # fmt: skip
 
@@ -86,17 +90,31 @@ CASES = {
         ("bf16", 1),
         ("distilled", 1),
         ("contrasted", 1),
+        ("linear heads", 1),
+        ("deep heads", 1),
+        ("intermediate classifiers", 1),
         ("accumulated and averaged", 2),
         ("bf16", 2),
         ("three", 3),
     ],
 )
 def test_killed_and_resumed(teacher_run, tmp_path, case, processes):
-    flags, script = CASES[case], DISTILL if case in ("distilled", "contrasted") else CLASSIFIER
-    flags = (*FEW, *flags, "--output", tmp_path)
+    script = {
+        "distilled": DISTILL,
+        "contrasted": DISTILL,
+        "intermediate classifiers": DISTILL,
+        "linear heads": HEADS,
+        "deep heads": HEADS,
+    }.get(case, CLASSIFIER)
+    flags = (*FEW, *CASES[case], "--output", tmp_path)
+    if script == HEADS:
+        flags = flags[2:]  # the network is the teacher
+    if script != CLASSIFIER:
+        flags += ("--teacher", "cifar_resnet8")
     if script == DISTILL:
-        flags += ("--teacher", "cifar_resnet8", "--teacher-checkpoint", teacher_run)
         flags += ("--no-baseline",)
+    if script != CLASSIFIER and case != "deep heads":
+        flags += ("--teacher-checkpoint", teacher_run)
     launcher = {1: (sys.executable,), 2: TORCHRUN, 3: THREE}[processes]
     killed = (*launcher, ROOT / "tests/killed.py")
     finish(command(*killed, "0:0", script, *flags, "--experiment", "whole", cwd=tmp_path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +18,9 @@ from kdfast.errors import UsageError, unknown
 class Option:
     """A number or word of a method that the user may set: flag, help and recipe key come from it.
 
-    `flag` defaults to `--METHOD-NAME`; one flag of several methods sets all of them that are used.
-    `positive` refuses values up to 0, `least` those below it. `kind` is the type of an option whose
-    default is None: unset, which its help explains.
+    The default () stands for a list of numbers. `flag` defaults to `--METHOD-NAME`; one flag of
+    several methods sets all of them that are used. `positive` refuses values up to 0, `least` those
+    below it. `kind` is the type of an option whose default is None: unset, which its help explains.
     """
 
     default: Any
@@ -35,6 +35,10 @@ class Option:
         """Its flag as option `key` of `method`."""
         return self.flag or f"--{method}-{key}".replace("_", "-")
 
+    def shown(self, form: str) -> str:
+        """The default in the place of {} in `form`; empty where there is none."""
+        return "" if self.default in (None, ()) else form.format(self.default)
+
     def checked(self, what: str, value: Any) -> Any:
         """`value` in the option's type; raises `UsageError` about `what` when it cannot be."""
         if value is None and self.default is None:
@@ -46,6 +50,10 @@ class Option:
             if value not in self.choices:
                 raise unknown(f"value of {what}", str(value), self.choices)
             return value
+        if isinstance(self.default, tuple):
+            if not isinstance(value, list | tuple):
+                raise UsageError(f"{what} must be a list of numbers, got {value!r}")
+            return [replace(self, default=0.0).checked(what, item) for item in value]
         if kind is bool and not isinstance(value, bool):
             raise UsageError(f"{what} must be true or false, got {value!r}")
         if kind not in (int, float):
@@ -246,7 +254,7 @@ def methods_table() -> str:
         text = inspect.cleandoc(cls.__doc__)
         source = " ".join(text.partition("Source:")[2].split()) or "-"
         flags = [
-            f"`{o.flag_of(name, key)}` {o.help}" + f" ({o.default})" * (o.default is not None)
+            f"`{o.flag_of(name, key)}` {o.help}{o.shown(' ({})')}"
             for key, o in cls.options().items()
         ]
         names = ", ".join(f"`{word}`" for word in (name, *cls.aliases))

@@ -113,7 +113,8 @@ def model_flags(parser: Parser, *, student: bool) -> None:
     )
 
 
-def distill_flags(parser: Parser) -> None:
+def teacher_flags(parser: Parser) -> Any:
+    """Which network teaches; returns the group of flags."""
     flag = parser.flag
     group = parser.add_argument_group("teacher")
     flag(
@@ -143,7 +144,19 @@ def distill_flags(parser: Parser) -> None:
         "--teacher-epochs",
         type=positive,
         default=8,
-        help="epochs of the teacher that is trained on digits when none is given",
+        help="epochs of the teacher, and of heads, that are trained on digits when none are given",
+    )
+    return group
+
+
+def distill_flags(parser: Parser) -> None:
+    flag = parser.flag
+    group = teacher_flags(parser)
+    flag(
+        group,
+        "--heads",
+        metavar="PATH",
+        help="run folder of train/heads.py, for methods that use a teacher's auxiliary classifiers",
     )
     flag(
         group,
@@ -257,9 +270,7 @@ def _method_flags(parser: Parser, group: Any, names: list[str]) -> None:
             shared.setdefault(option.flag_of(name, key), []).append((name, key, option))
     for flag, uses in shared.items():
         said = [
-            f"{name}: {option.help}"
-            + f" (default: {option.default})" * (option.default is not None)
-            for name, _, option in uses
+            f"{name}: {option.help}{option.shown(' (default: {})')}" for name, _, option in uses
         ]
         if flag == "--alpha" and "kd" in names:
             said.insert(0, "kd: weight of the term (default: 0.9)")
@@ -271,6 +282,8 @@ def _method_flags(parser: Parser, group: Any, names: list[str]) -> None:
             kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         elif option.choices:
             kind = {"choices": option.choices}
+        elif isinstance(option.default, tuple):
+            kind = {"type": float, "nargs": "+", "metavar": "VALUE"}
         else:
             kind = {"type": option.kind or type(option.default), "metavar": "VALUE"}
         parser.flag(group, flag, dest=dest, help="; ".join(said), **kind)
@@ -318,6 +331,36 @@ def generation_flags(parser: Parser) -> None:
         "loss of generations 1 and up", "cross-entropy + lambda * cross-entropy with the teacher"
     )
     _method_flags(parser, group, ["born_again"])
+
+
+def head_flags(parser: Parser) -> None:
+    flag = parser.flag
+    group = parser.add_argument_group("heads")
+    flag(
+        group,
+        "--kind",
+        choices=("linear", "deep"),
+        default="linear",
+        help="linear: on the frozen teacher, for dih; deep: trained together with it, for tofd",
+    )
+    flag(
+        group,
+        "--teacher-layers",
+        nargs="+",
+        metavar="LAYER",
+        help="layers to mount heads on instead of the stages, shallow to deep; of --kind deep the "
+        "last is the one that the network's own classifier follows",
+    )
+    flag(
+        group,
+        "--head-pool",
+        type=positive,
+        nargs="+",
+        metavar="SIDE",
+        help="average pool maps to this height and width before a linear head",
+    )
+    parser.switch(group, "--pretrained", help="deep: start from timm's published weights")
+    flag(group, "--initial-checkpoint", metavar="PATH", help="deep: start from these weights")
 
 
 def training_flags(parser: Parser) -> None:
@@ -487,6 +530,8 @@ def every_key() -> set[str]:
     for add in (data_flags, distill_flags, training_flags, run_flags):
         add(parser)
     model_flags(parser, student=True)
-    chain = Parser()  # its --teacher is not that of the others
+    # Groups of other scripts, whose --teacher-layers and --teacher are not quite the same.
+    heads, chain = Parser(), Parser()
+    head_flags(heads)
     generation_flags(chain)
-    return set(parser.actions()) | set(chain.actions())
+    return set(parser.actions()) | set(heads.actions()) | set(chain.actions())
