@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Accuracy over seeds of declared experiments: the README's tables.
 
-    python benchmarks/accuracy.py digits                5 seeds, about 5 minutes on 2 cores
-    python benchmarks/accuracy.py fashion-mnist         6 methods, 3 seeds; hours on 2 cores
+    python benchmarks/accuracy.py digits                every method, 5 seeds, about 40 minutes
+    python benchmarks/accuracy.py fashion-mnist         every method, 3 seeds; hours on 2 cores
 
 Runs land in OUTPUT/NAME; finished ones are not repeated, interrupted ones go on. Then
 benchmarks/results/accuracy-NAME.md, .csv and .png are written from the run folders alone.
@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdfast.analysis import Table, read_runs, tabulate
@@ -27,51 +27,79 @@ from kdfast.training.script import script
 from kdfast.training.values import natural
 
 ROOT = Path(__file__).parent.parent
-COSINE = "--recipe self --sched cosine --sched-on-updates --channels-last"
+# Name of a student -> flags of train/distill.py.
+CATALOGUE = {
+    "none": "--method none",
+    "logits": "--method logits",
+    "kd": "--method kd",
+    "at": "--method at",
+    "kd+at": "--method kd at",
+    "fsp": "--method fsp",
+    "fsp-staged": "--method fsp --init-epochs {init}",
+    "fitnet": "--method fitnet",
+    "fitnet-staged": "--method fitnet kd --init-epochs {init}",
+    "crd": "--method crd",
+    "crd+kd": "--method crd kd",
+    "dih": "--method dih {linear}",
+    "mhkd": "--method mhkd",
+    "tofd": "--method tofd {deep}",
+    "takd": "--method kd --assistants cifar_resnet14",
+    "born-again": "--method born_again",
+}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Students of one teacher: the flags of its scripts, the methods and the seeds.
+    """Students of one teacher: flags that all have, epochs of a first stage, seeds.
 
-    `teacher` are flags of train/classifier.py; None where train/distill.py trains its own.
+    `before` are the runs that students build on, by name, with their script and flags; `flags` by
+    the same words are what a student then says of them. Where train/distill.py trains its own,
+    there are none.
     """
 
-    dataset: str
-    student: str
-    methods: tuple[str, ...]
+    common: str
+    init: int
     seeds: tuple[int, ...]
-    teacher: str | None = None
+    before: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, str] = field(default_factory=lambda: {"linear": "", "deep": ""})
+    students: tuple[str, ...] = tuple(CATALOGUE)
 
-    def teacher_run(self, output: Path) -> Path | None:
-        name = f"classifier-{self.dataset}-cifar_resnet20-s0"
-        return output / name if self.teacher else None
-
-    def run(self, output: Path, method: str, seed: int) -> Path:
-        """The folder that train/distill.py chooses by itself."""
-        networks = "cifar_resnet20-cifar_resnet8"
-        return output / f"distill-{self.dataset}-{method.replace(' ', '+')}-{networks}-s{seed}"
-
-    def teacher_command(self, output: Path | str) -> str:
-        return f"train/classifier.py {self.teacher} --resume auto --output {output}"
-
-    def command(self, output: Path | str, method: str, seed: int | str) -> str:
-        teacher = self.teacher_run(Path(output))
-        checkpoint = f" --teacher-checkpoint {teacher}" if teacher else ""
-        return (
-            f"train/distill.py {self.student}{checkpoint} --method {method} --seed {seed} "
-            f"--resume auto --output {output}"
+    def command(self, output: Path | str, student: str, seed: int | str) -> str:
+        """Into `output`/STUDENT-sSEED."""
+        flags = {word: text.format(output=output) for word, text in self.flags.items()}
+        own = CATALOGUE[student].format(init=self.init, **flags)
+        teacher = "" if "--teacher-checkpoint" in own else self.common_teacher(output)
+        return " ".join(
+            f"train/distill.py {self.common} {teacher} {own} --seed {seed} --resume auto "
+            f"--output {output} --experiment {student}-s{seed}".split()
         )
 
+    def common_teacher(self, output: Path | str) -> str:
+        return f"--teacher-checkpoint {output}/teacher" if "teacher" in self.before else ""
 
+    def preparation(self, output: Path | str, name: str) -> str:
+        text = self.before[name].format(output=output)
+        return f"{text} --resume auto --output {output} --experiment {name}"
+
+
+FASHION = "--dataset fashion-mnist --recipe digits --hflip 0.5"
 EXPERIMENTS = {
-    "digits": Experiment("digits", "--baseline", ("kd at",), (0, 1, 2, 3, 4)),
+    "digits": Experiment("--no-baseline", 2, (0, 1, 2, 3, 4)),
+    # The teacher has seen all 60,000 images, a student sees 10,000 of them three times.
     "fashion-mnist": Experiment(
-        "fashion-mnist",
-        f"--dataset fashion-mnist {COSINE} --model cifar_resnet8 --epochs 2",
-        ("none", "logits", "kd", "at", "kd at", "fsp"),
+        f"{FASHION} --teacher cifar_resnet20 --model cifar_resnet8 --train-limit 10000 --epochs 3",
+        1,
         (0, 1, 2),
-        f"--dataset fashion-mnist {COSINE} --model cifar_resnet20 --epochs 3",
+        before={
+            "teacher": f"train/classifier.py {FASHION} --model cifar_resnet20 --epochs 3",
+            "heads": f"train/heads.py {FASHION} --teacher cifar_resnet20 --epochs 1 "
+            "--teacher-checkpoint {output}/teacher",
+            "deep": f"train/heads.py {FASHION} --teacher cifar_resnet20 --epochs 3 --kind deep",
+        },
+        flags={
+            "linear": "--heads {output}/heads",
+            "deep": "--teacher-checkpoint {output}/deep --heads {output}/deep",
+        },
     ),
 }
 
@@ -82,6 +110,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("name", metavar="NAME", help=" or ".join(EXPERIMENTS))
     flag = parser.flag
     flag(parser, "--seeds", type=natural, nargs="+", metavar="N", help="(default: those declared)")
+    flag(parser, "--students", nargs="+", metavar="NAME", help=", ".join(CATALOGUE))
     flag(parser, "--output", type=Path, default=Path("output/accuracy"), help="of the runs")
     flag(parser, "--results", type=Path, default=ROOT / "benchmarks/results", help="of the tables")
     options = parser.fallbacks | parser.given(argv)
@@ -89,16 +118,18 @@ def main(argv: Sequence[str]) -> None:
     if name not in EXPERIMENTS:
         raise unknown("experiment", name, EXPERIMENTS)
     experiment, output = EXPERIMENTS[name], options["output"] / name
-    seeds = options["seeds"] or experiment.seeds
+    for student in options["students"] or ():
+        if student not in CATALOGUE:
+            raise unknown("student", student, CATALOGUE)
 
-    teacher = experiment.teacher_run(output)
-    if teacher is not None:
-        finish(teacher, experiment.teacher_command(shlex.quote(str(output))))
+    place = shlex.quote(str(output))
+    for run in experiment.before:
+        finish(output / run, experiment.preparation(place, run))
     folders = []
-    for seed in seeds:
-        for method in experiment.methods:
-            folders.append(experiment.run(output, method, seed))
-            finish(folders[-1], experiment.command(shlex.quote(str(output)), method, seed))
+    for seed in options["seeds"] or experiment.seeds:
+        for student in options["students"] or experiment.students:
+            folders.append(output / f"{student}-s{seed}")
+            finish(folders[-1], experiment.command(place, student, seed))
     table = tabulate(read_runs(folders)[0])
     files = {
         f"accuracy-{name}.md": as_markdown(
@@ -147,12 +178,12 @@ def describe(table: Table, experiment: Experiment, name: str) -> list[str]:
         if chosen:
             terms = "; ".join(said(m, values) for m, values in chosen.items())
             lines.append(f"* {row.label}: {said('gamma', row.runs[0].options['gamma'])}; {terms}")
-    output, methods = f"output/accuracy/{name}", ", ".join(experiment.methods)
-    lines += ["", "## Commands", "", f"`python benchmarks/accuracy.py {name}` runs what follows,"]
-    lines += [f"METHOD being one of: {methods}.", "", "```"]
-    if experiment.teacher:
-        lines.append(f"python {experiment.teacher_command(output)}")
-    return [*lines, f"python {experiment.command(output, 'METHOD', 'SEED')}", "```"]
+    output = f"output/accuracy/{name}"
+    lines += ["", "## Commands", "", f"`python benchmarks/accuracy.py {name}` runs, for each SEED:"]
+    lines += ["", "```"]
+    lines += [f"python {experiment.preparation(output, run)}" for run in experiment.before]
+    lines += [f"python {experiment.command(output, s, 'SEED')}" for s in experiment.students]
+    return [*lines, "```"]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-CLASSIFIER, DISTILL = "train/classifier.py", "train/distill.py"
+CLASSIFIER, DISTILL, HEADS = "train/classifier.py", "train/distill.py", "train/heads.py"
 BOTH = (CLASSIFIER, DISTILL)
 
 # (flags, words the line must hold)

@@ -142,38 +142,73 @@ def test_misuse_is_refused():
             ContrastMemory(*arguments)
 
 
-def steps(first: list[tuple[int, int]]) -> dict[str, Tensor]:
-    """A memory after one step for each (first sample, count)."""
-    own = memory()
-    for start, count in first:
-        loss = own(*batch(start, count))
+@both_paths
+def test_forwards_before_an_update_are_one_step(path):
+    """Micro-batches are scored against the same banks; of a sample seen twice the last counts."""
+    with ops.use(path):
+        own, whole = memory(), memory()
+        for x in (own, whole):
+            x(*batch(20, 4))
+            x.update()
+        before = own.student_bank.clone()
+        parts = [own(*batch(start, 3)) for start in (3, 6)]
+        assert torch.equal(own.student_bank, before)
+        own.update()
+        torch.testing.assert_close(sum(parts) / 2, whole(*batch(3, 6)))
+        whole.update()
+        torch.testing.assert_close(own.state_dict(), whole.state_dict())
+
+        own(*batch(3, 4, seed=5))
+        own(*batch(5, 2))
+        own.update()
+        whole(*batch(3, 2, seed=5))
+        whole.update()
+        whole(*batch(5, 2))
+        whole.update()
+        torch.testing.assert_close(own.state_dict(), whole.state_dict())
+
+
+def steps(plan: list[list[tuple[int, int, int]]]) -> dict[str, Tensor]:
+    """A memory after steps of micro-batches (first sample, count, seed of the embeddings)."""
+    own = memory().double()
+    for step in plan:
+        for first, count, seed in step:
+            student, teacher, *rest = batch(first, count, seed=seed)
+            rest[1] = batch(first, count)[3]
+            loss = own(student.double(), teacher.double(), *rest)
         own.update()
     return {**own.state_dict(), "loss": loss.detach()}
 
 
+# Uneven slices 7 = 4 + 3; then micro-batches of 6 and of the sample 40 alone, which process 1
+# repeats without having one, with an embedding of its own; then 6 = 3 + 3.
+ONE = [[(3, 7, 0)], [(30, 6, 0), (40, 1, 0)], [(20, 6, 0)]]
+MANY = (
+    [[(3, 4, 0)], [(30, 3, 0), (40, 1, 0)], [(20, 3, 0)]],
+    [[(7, 3, 0)], [(33, 3, 0), (40, 1, 9)], [(23, 3, 0)]],
+)
 WORKER = """
 import sys, torch
 from torch import distributed
 sys.path.insert(0, sys.argv[1])
-from test_contrast_memory import steps
+from test_contrast_memory import MANY, steps
 distributed.init_process_group("gloo")
-mine = ([(3, 4), (20, 3)], [(7, 3), (23, 3)])[distributed.get_rank()]
-torch.save(steps(mine), sys.argv[2] + str(distributed.get_rank()))
+rank = distributed.get_rank()
+torch.save(steps(MANY[rank]), sys.argv[2] + str(rank))
 distributed.destroy_process_group()
 """
 
 
 def test_two_processes_keep_the_banks_of_one(tmp_path):
-    """Uneven slices of one batch: 7 = 4 + 3, then 6 = 3 + 3."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = [str(script), str(Path(__file__).parent), str(tmp_path / "rank")]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    one = steps([(3, 7), (20, 6)])
+    one = steps(ONE)
     zero, other = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
     for name in ("student_bank", "teacher_bank", "z_student", "z_teacher"):
         assert torch.equal(zero[name], other[name]), name
-        torch.testing.assert_close(zero[name], one[name], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(zero[name], one[name], rtol=1e-12, atol=1e-13)
     torch.testing.assert_close((zero["loss"] + other["loss"]) / 2, one["loss"])

@@ -46,7 +46,7 @@ def test_digits():
     assert (len(data.train), len(data.eval), data.classes) == (1437, 360, 10)
     image, label = data.train.read(0)
     assert image.size == (32, 32) and 0 <= label < 10
-    counts = np.bincount(data.eval.labels)
+    counts = np.bincount(data.eval.labels())
     assert counts.min() >= 35 and counts.max() <= 37
     pixels = data.train.images / 255
     assert pixels.mean() == pytest.approx(data.mean[0], abs=1e-4)

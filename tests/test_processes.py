@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -132,6 +133,27 @@ def test_every_image_counts_once_in_evaluation(run_script, teacher_run, tmp_path
     assert (one["top1"], one["top5"]) == (two["top1"], two["top5"])
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-12)
     assert not (tmp_path / "output").exists(), "scoring writes nothing"
+
+
+def test_one_contrast_memory(run_script, teacher_run, tmp_path):
+    """97 images in steps of two micro-batches; in the last step process 1 has no image."""
+    flags = (*FEW, "--train-limit", 97, "--global-batch-size", 32, "--grad-accum-steps", 2)
+    flags += ("--method", "crd", "--crd-negatives", 60, "--freeze-bn", "--no-baseline")
+    flags += ("--teacher", "cifar_resnet8", "--teacher-checkpoint", teacher_run, "--threads", 1)
+    code, _, err = run_script(DISTILL, *flags, "--experiment", "one")
+    assert code == 0, err
+    run = command(*TORCHRUN, ROOT / DISTILL, *flags, "--experiment", "two", cwd=tmp_path)
+    assert '"processes": 2' in finish(run)
+    found = []
+    for name in ("one", "two"):
+        folder = tmp_path / "output" / name
+        saved = load_file(folder / "checkpoints" / "epoch-0001" / "objective.safetensors")
+        with (folder / "summary.csv").open() as file:
+            row = next(csv.DictReader(file))
+        losses = torch.tensor([float(row["train_crd"]), float(row["eval_loss"])])
+        found.append(saved | {"losses": losses})
+    assert "methods.0.memory.student_bank" in found[0]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
 
 
 def test_workers_change_nothing(run_script, tmp_path):

@@ -26,10 +26,10 @@ from kdfast.training.checkpoint import Position
 ROOT = Path(__file__).parent.parent
 TORCHRUN = (Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2)
 THREE = (*TORCHRUN[:2], 3)
-CLASSIFIER, DISTILL = "train/classifier.py", "train/distill.py"
+CLASSIFIER, DISTILL, HEADS = "train/classifier.py", "train/distill.py", "train/heads.py"
+BORN_AGAIN = "train/born_again.py"
 FEW = ("--model", "cifar_resnet8", "--train-limit", 203, "--eval-limit", 90, "--epochs", 3,
        "--checkpoint-steps", 1)  # fmt: skip
-DISTILLED = ("distilled", "two stages", "chain")
 # Kills in a row, each of the run that the one before has left.
 KILLS = int(os.environ.get("KDFAST_TEST_KILLS", 3))
 
@@ -61,7 +61,8 @@ def record_of(run: Path) -> dict:
     for row in rows:
         del row["seconds"], row["images_per_second"]
     results = json.loads((run / "results.json").read_text())
-    weights = {p.name: checksum(load_file(p)) for p in sorted(run.glob("*.safetensors"))}
+    kept = [*run.glob("*.safetensors"), *run.glob("heads/*.safetensors")]
+    weights = {p.name: checksum(load_file(p)) for p in sorted(kept)}
     last = checkpoint.latest(run / "checkpoints")
     weights |= {p.name: checksum(load_file(p)) for p in sorted(last.glob("*.safetensors"))}
     return {"rows": rows, "last": results["last"], "best": results["best"], **weights}
@@ -81,8 +82,13 @@ CASES = {
     "distilled": (),
     "two stages": (*SHORT, "--method", "fsp", "kd", "--init-epochs", 1),
     "chain": (*SHORT, "--method", "kd", "--assistants", "cifar_resnet8"),
+    "contrasted": ("--method", "crd", "kd", "--crd-negatives", 40, "--crd-positives", "relax",
+                   "--grad-accum-steps", 2),
+    "linear heads": (),
+    "deep heads": ("--kind", "deep"),
+    "intermediate classifiers": ("--method", "dih", "--teacher-epochs", 1),
     "three": ("-b", 16, "--model", "cifar_resnet20", "--epochs", 2),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -94,17 +100,34 @@ CASES = {
         ("distilled", 1),
         ("two stages", 1),
         ("chain", 1),
+        ("contrasted", 1),
+        ("linear heads", 1),
+        ("deep heads", 1),
+        ("intermediate classifiers", 1),
         ("accumulated and averaged", 2),
         ("bf16", 2),
         ("three", 3),
     ],
 )
 def test_killed_and_resumed(teacher_run, tmp_path, case, processes):
-    flags, script = CASES[case], DISTILL if case in DISTILLED else CLASSIFIER
-    flags = (*FEW, *flags, "--output", tmp_path)
+    script = {
+        "distilled": DISTILL,
+        "two stages": DISTILL,
+        "chain": DISTILL,
+        "contrasted": DISTILL,
+        "intermediate classifiers": DISTILL,
+        "linear heads": HEADS,
+        "deep heads": HEADS,
+    }.get(case, CLASSIFIER)
+    flags = (*FEW, *CASES[case], "--output", tmp_path)
+    if script == HEADS:
+        flags = flags[2:]  # the network is the teacher
+    if script != CLASSIFIER:
+        flags += ("--teacher", "cifar_resnet8")
     if script == DISTILL:
-        flags += ("--teacher", "cifar_resnet8", "--teacher-checkpoint", teacher_run)
         flags += ("--no-baseline",)
+    if script != CLASSIFIER and case != "deep heads":
+        flags += ("--teacher-checkpoint", teacher_run)
     launcher = {1: (sys.executable,), 2: TORCHRUN, 3: THREE}[processes]
     killed = (*launcher, ROOT / "tests/killed.py")
     finish(command(*killed, "0:0", script, *flags, "--experiment", "whole", cwd=tmp_path))
@@ -129,6 +152,34 @@ def test_killed_and_resumed(teacher_run, tmp_path, case, processes):
     finish(command(*killed, "0:0", script, *flags, cwd=tmp_path))
     assert records_of(whole) == records_of(cut)
     assert not list(cut.rglob(".partial*"))
+
+
+def chain_of(run: Path) -> dict:
+    """All that must agree of a chain and of its generations, wherever it lies."""
+    results = json.loads((run / "results.json").read_text())
+    for entry in results["generations"]:
+        entry["run"] = Path(entry["run"]).name
+    del results["run"]
+    return results | {path.name: record_of(path) for path in sorted(run.glob("generation-*"))}
+
+
+def test_killed_chain(tmp_path):
+    """Before its first generation, between two, while one saves its last epoch, and later again."""
+    killed = (sys.executable, ROOT / "tests/killed.py")
+    flags = (BORN_AGAIN, *FEW[:6], "--epochs", 2, "--generations", 3, "--lambda-end", 0.1,
+             "--output", tmp_path)  # fmt: skip
+    finish(command(*killed, "0:0", *flags, "--experiment", "whole", cwd=tmp_path))
+    flags += ("--experiment", "cut", "--resume", "auto")
+    left = []
+    for moment in (2, 35, 26, 40):
+        ended = command(*killed, f"0:{moment}", *flags, cwd=tmp_path)
+        said = "".join(ended.communicate(timeout=600))
+        assert ended.returncode == -signal.SIGKILL, said
+        links = sorted((tmp_path / "cut").glob("generation-*"))
+        left.append([(link / "results.json").exists() for link in links])
+    assert left == [[], [True, False], [True, False], [True, True, False]]
+    finish(command(*killed, "0:0", *flags, cwd=tmp_path))
+    assert chain_of(tmp_path / "whole") == chain_of(tmp_path / "cut")
 
 
 class Signalled:

@@ -109,7 +109,7 @@ def test_best_weights_load_with_timm(run_script, tmp_path):
     ]
     x = (torch.stack(images) / 255 - metadata["mean"][0]) / metadata["std"][0]
     with torch.no_grad():
-        right = model(x).argmax(1) == torch.tensor(data.eval.labels[:90])
+        right = model(x).argmax(1) == torch.tensor(data.eval.labels()[:90])
     assert 100 * right.double().mean() == pytest.approx(
         json.loads(out.splitlines()[-1])["best"]["top1"]
     )
@@ -344,7 +344,7 @@ def test_evaluation_counts_every_image_once():
     data = open_data("digits")
     plan = BatchPlan(len(data.eval), 64)
     loader = Loader(data.eval, eval_transform((32, 32), 1.0, "bilinear", 32), plan, classes=10)
-    labels = torch.tensor(data.eval.labels)
+    labels = torch.tensor(data.eval.labels())
     calls = []
 
     def network(x):

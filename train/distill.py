@@ -40,7 +40,7 @@ from kdfast.training.run_folder import RunFolder, choose_run
 from kdfast.training.script import script
 from kdfast.training.seeds import for_each_seed
 from kdfast.training.setup import load_data, print_config, start
-from kdfast.training.teaching import require_teacher
+from kdfast.training.teaching import require_teacher, settle_heads
 
 
 @script
@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
     if options.baseline is None:
         options.baseline = options.dataset == "digits"
     if not options.eval_only:
+        settle_heads(options, choice)
         require_teacher(options)
 
     accelerator = start(options)

@@ -1,4 +1,8 @@
-"""The CRD step: index sampling, the loss of both sides, its gradients, both banks' update."""
+"""The loss part of a CRD step, between the features and their gradients.
+
+Embedding and normalising, index sampling, the loss of both sides, the gradients with respect to the
+student's feature and all four embedding parameters, both banks' update.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdfast import ops
-from kdfast.ops import Key
+from kdfast.methods import Outputs, Pairing, find_method
 from rows import Row
 
 TEMPERATURE, MOMENTUM, EPSILON = 0.07, 0.5, 1e-7
-KEY = Key(0)
+WIDTH = 64  # of the features, as ResNet-20 and ResNet-110 have it
 
 
 def crd_step(device: str) -> Iterator[Row]:
-    """Eager is the published form: draws by a permutation of the pool for each sample, bank rows
-    gathered to [B, K + 1, d]. "dense" has the same draws, but the product of embeddings and whole
-    bank, of which it gathers the scores. The operations are those of the drawn scores, both sides,
-    forward and backward."""
+    """Fused is method crd. Eager is the published form: draws by a permutation of the pool for each
+    sample, bank rows gathered to [B, K + 1, d]. "dense" has the same draws, but the product of
+    embeddings and whole bank, of which it gathers the scores. The operations are those of the drawn
+    scores, both sides, forward and backward."""
     for samples, negatives, goals in (
         (50000, 16384, {"eager": 12, "dense": 1.5}),
         (50000, 4096, {}),
@@ -50,29 +53,29 @@ class _Data:
         self, samples: int, classes: int, negatives: int, batch: int, dim: int, device: str
     ):
         targets = torch.arange(samples, device=device) % classes
-        self.order = targets.argsort(stable=True)
-        self.offsets = torch.arange(0, samples + 1, samples // classes, device=device)
+        order = targets.argsort(stable=True)
         self.ids = torch.randperm(samples, device=device)[:batch]
         self.labels = targets[self.ids]
         self.classes = self.labels.tolist()
-        self.others = [self.order[targets[self.order] != c] for c in range(classes)]
+        self.others = [order[targets[order] != c] for c in range(classes)]
         self.negatives, self.samples = negatives, samples
-        unit = (F.normalize(torch.randn(rows, dim, device=device)) for rows in [samples] * 2)
-        self.banks = list(unit)
-        self.embeddings = [F.normalize(torch.randn(batch, dim, device=device)) for _ in range(2)]
-        for embedding in self.embeddings:
-            embedding.requires_grad_()
+        shapes = [(torch.Size([batch, WIDTH]),)] * 2
+        self.method = find_method("crd")(dim=dim, negatives=negatives)
+        self.method.setup(
+            Pairing(("fc:in",), ("fc:in",), *shapes, classes, training_labels=targets.tolist)
+        )
+        self.method.to(device)
+        # The plain forms' own: memory and Z are not shared.
+        self.banks = [F.normalize(torch.randn(samples, dim, device=device)) for _ in range(2)]
         self.z = torch.tensor(float(samples), device=device)
+        self.student, self.teacher = torch.randn(2, batch, WIDTH, device=device).relu().unbind()
+        self.student.requires_grad_()
+        self.trained = [self.student, *self.method.parameters()]
 
     def fused(self) -> tuple[Tensor, ...]:
-        indices = ops.draw_negatives(
-            self.labels, self.offsets, self.negatives, self.ids, KEY, self.order
-        )
-        loss = ops.contrastive_loss(
-            *self.embeddings, *self.banks, indices, self.z, self.z, TEMPERATURE
-        )
-        gradients = torch.autograd.grad(loss, self.embeddings)
-        ops.contrastive_update_(*self.banks, *self.embeddings, self.ids, MOMENTUM)
+        outputs = (Outputs(self.z, (x,), self.ids) for x in (self.student, self.teacher))
+        gradients = torch.autograd.grad(self.method(*outputs, self.labels), self.trained)
+        self.method.after_step()
         return gradients
 
     def plain(self, scores: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
@@ -81,15 +84,22 @@ class _Data:
             pool = self.others[c]
             negatives.append(pool[torch.randperm(len(pool), device=pool.device)[: self.negatives]])
         indices = torch.cat([self.ids.unsqueeze(1), torch.stack(negatives)], 1)
+        embeddings = [
+            F.normalize(layer(feature))
+            for layer, feature in (
+                (self.method.embed_student, self.student),
+                (self.method.embed_teacher, self.teacher),
+            )
+        ]
         c, sides = self.negatives / self.samples, []
-        for anchor, bank in zip(self.embeddings, reversed(self.banks), strict=True):
+        for anchor, bank in zip(embeddings, reversed(self.banks), strict=True):
             x = (scores(anchor, bank, indices) / TEMPERATURE).exp() / self.z
             positive = (x[:, 0] / (x[:, 0] + c + EPSILON)).log()
             negative = (c / (x[:, 1:] + c + EPSILON)).log()
             sides.append(-(positive.sum() + negative.sum()) / len(anchor))
-        gradients = torch.autograd.grad(sides[0] + sides[1], self.embeddings)
+        gradients = torch.autograd.grad(sides[0] + sides[1], self.trained)
         with torch.no_grad():
-            for bank, embedding in zip(self.banks, self.embeddings, strict=True):
+            for bank, embedding in zip(self.banks, embeddings, strict=True):
                 rows = MOMENTUM * bank[self.ids] + (1 - MOMENTUM) * embedding
                 bank[self.ids] = F.normalize(rows)
         return gradients

@@ -15,7 +15,7 @@ _DISTILLING = {
     "teacher", "teacher-pretrained", "teacher-kwargs", "teacher-bn", "method", "methods", "alpha",
     "beta", "gamma", "student-layers", "teacher-layers", "teacher-checksum", "assistants",
     "assistant-epochs", "init-epochs", "init-lr", "init-decay-milestones", "init-opt",
-    "init-weight-decay", "init-momentum",
+    "init-weight-decay", "init-momentum", "generation",
 }  # fmt: skip
 
 

@@ -86,17 +86,20 @@ class Unfinished:
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """Run folders at and below `paths`, each once, in the order of their names.
 
-    Raises `UserError` for a path that is no folder, or that no run lies below.
+    A chain of runs is no run itself, and its own files are passed over, as `CHAIN/*` names them
+    too. Raises `UserError` for a path that is no folder, or that no run lies below.
     """
     found: dict[Path, Path] = {}
-    for path in paths:
+    paths = list(paths)
+    whole = [path for path in paths if not (path.is_file() and _is_chain(path.parent))]
+    for path in whole or paths:
         if not path.is_dir():
             what = "is a file" if path.exists() else "does not exist"
             raise UserError(f"{path} {what}; give run folders, or folders that hold some")
         below = []
         for here, inner, files in os.walk(path):
             inner[:] = sorted(set(inner) - _INNER)
-            if _is_run(Path(here), files):
+            if _is_run(Path(here), files) and not _is_chain(Path(here)):
                 below.append(Path(here))
         if not below:
             raise UserError(f"no run at or below {path}: no args.yaml there; give run folders")
@@ -109,6 +112,13 @@ def _is_run(path: Path, files: list[str]) -> bool:
     if "args.yaml" not in files and {"summary.csv", "results.json"} <= set(files):
         raise UserError(f"{path / 'args.yaml'} is missing; without it nobody knows what was run")
     return "args.yaml" in files
+
+
+def _is_chain(path: Path) -> bool:
+    """Whether `path` records runs that depend on one another: it has options, no rows, and runs."""
+    if not (path / "args.yaml").is_file() or (path / "summary.csv").exists():
+        return False
+    return any(inner.parent.name != "baseline" for inner in path.glob("*/args.yaml"))
 
 
 def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Unfinished]]:

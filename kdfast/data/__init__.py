@@ -1,15 +1,8 @@
 """Image sets, pipelines and batches; every sample carries its dataset index."""
 
 from kdfast.data.loader import Batch, BatchPlan, Loader, Portion
-from kdfast.data.sources import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageData,
-    Source,
-    dataset_name,
-    dataset_names,
-    open_data,
-)
+from kdfast.data.named import dataset_name, dataset_names, open_data
+from kdfast.data.sources import IMAGENET_MEAN, IMAGENET_STD, ImageData, Source
 from kdfast.data.transforms import Augmentation, eval_transform, to_float, train_transform
 
 __all__ = [

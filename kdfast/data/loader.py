@@ -18,13 +18,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from kdfast.data.sources import Source
+from kdfast.data.sources import UNREADABLE, Source, unreadable
 from kdfast.errors import UserError
 from kdfast.seeding import derive_seed, local_randomness
-
-# What Pillow raises for damaged files of one format or another; `UnidentifiedImageError` is an
-# OSError.
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -133,10 +129,9 @@ class _Samples(Dataset):
                 image, label = self.source.read(index)
             with local_randomness(derive_seed(self.seed, "augment", epoch, index)):
                 pixels = self.transform(image)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             # Returned, not raised: a worker's exception arrives with the worker's traceback.
-            where = self.source.describe(index)
-            return UserError(f"cannot read {where}: {_one_line(error)}; replace or remove the file")
+            return unreadable(self.source, index, error)
         if not 0 <= label < self.classes:
             where = self.source.describe(index)
             return UserError(f"{where} has label {label}, outside the {self.classes} classes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,8 +18,9 @@ from kdfast.errors import UsageError, unknown
 class Option:
     """A number or word of a method that the user may set: flag, help and recipe key come from it.
 
-    `flag` defaults to `--METHOD-NAME`; one flag of several methods sets all of them that are used.
-    `positive` refuses values up to 0, `least` those below it.
+    The default () stands for a list of numbers. `flag` defaults to `--METHOD-NAME`; one flag of
+    several methods sets all of them that are used. `positive` refuses values up to 0, `least` those
+    below it. `kind` is the type of an option whose default is None: unset, which its help explains.
     """
 
     default: Any
@@ -28,27 +29,43 @@ class Option:
     flag: str | None = None
     positive: bool = False
     least: float | None = None
+    kind: type | None = None
 
     def flag_of(self, method: str, key: str) -> str:
         """Its flag as option `key` of `method`."""
         return self.flag or f"--{method}-{key}".replace("_", "-")
 
+    def shown(self, form: str) -> str:
+        """The default in the place of {} in `form`; empty where there is none."""
+        return "" if self.default in (None, ()) else form.format(self.default)
+
     def checked(self, what: str, value: Any) -> Any:
-        """`value` in the default's type; raises `UsageError` about `what` when it cannot be."""
+        """`value` in the option's type; raises `UsageError` about `what` when it cannot be."""
+        if value is None and self.default is None:
+            return None
+        kind = self.kind or type(self.default)
         if self.choices:
+            if isinstance(value, bool):  # YAML's reading of on and off
+                value = "on" if value else "off"
             if value not in self.choices:
                 raise unknown(f"value of {what}", str(value), self.choices)
             return value
-        if isinstance(self.default, bool) and not isinstance(value, bool):
+        if isinstance(self.default, tuple):
+            if not isinstance(value, list | tuple):
+                raise UsageError(f"{what} must be a list of numbers, got {value!r}")
+            return [replace(self, default=0.0).checked(what, item) for item in value]
+        if kind is bool and not isinstance(value, bool):
             raise UsageError(f"{what} must be true or false, got {value!r}")
-        if isinstance(self.default, bool) or not isinstance(self.default, int | float):
+        if kind not in (int, float):
             return value
         try:
-            number = type(self.default)(value)
+            number = kind(value)
         except (TypeError, ValueError, OverflowError):
             raise UsageError(f"{what} must be a number, got {value!r}") from None
         if not math.isfinite(number) or isinstance(value, bool):
             raise UsageError(f"{what} must be a finite number, got {value!r}")
+        if isinstance(value, float) and number != value:
+            raise UsageError(f"{what} must be a whole number, got {value!r}")
         if self.positive and number <= 0:
             raise UsageError(f"{what} must be above 0, got {value}")
         if self.least is not None and number < self.least:
@@ -78,7 +95,8 @@ class Pairing:
     Shapes include the batch dimension. Layer i of the student is paired with layer i of the
     teacher. `head_layers` are the teacher's layers that its auxiliary classifiers are mounted on,
     in the order of `Outputs.heads`, and `head_widths` the d of their features. `training_labels()`
-    gives the class of every training image in the order of their indices.
+    gives the class of every training image in the order of their indices. `label_smoothing` is that
+    of the objective's cross-entropy, and of any that a method adds.
     """
 
     student_layers: tuple[str, ...]
@@ -91,6 +109,7 @@ class Pairing:
     training_labels: Callable[[], Sequence[int]] = list
     epochs: int = 1
     seed: int = 0
+    label_smoothing: float = 0.0
 
 
 class Method(nn.Module):
@@ -141,7 +160,7 @@ class Method(nn.Module):
         """Which layers the method watches.
 
         `none`, `stages`, `stem+stages`, `penultimate` or `stages+penultimate`. Where `heads` are
-        asked for, the stages of the teacher are those that its heads are mounted on.
+        asked for, the stages of the teacher are those that its heads are mounted on, and its last.
         """
         return "none"
 
@@ -159,11 +178,22 @@ class Method(nn.Module):
         `UsageError`, with the reason and an alternative, when the method does not apply.
         """
 
+    def notes(self) -> list[str]:
+        """What `setup` chose and the user should know before training, a line each."""
+        return []
+
     def start_epoch(self, epoch: int) -> None:
         """Called before every 0-based epoch, and before what is left of one that is resumed.
 
         State set here is a function of the epoch; what must survive beyond it is a buffer.
         """
+
+    def gauges(self) -> dict[str, float]:
+        """Numbers of the epoch at hand for the summary, such as a scheduled weight, by name.
+
+        Each is a column, the method's name before its own: `born_again_lambda`.
+        """
+        return {}
 
     def after_step(self) -> None:
         """Called after every optimizer step, on all processes."""
@@ -224,7 +254,8 @@ def methods_table() -> str:
         text = inspect.cleandoc(cls.__doc__)
         source = " ".join(text.partition("Source:")[2].split()) or "-"
         flags = [
-            f"`{o.flag_of(name, key)}` {o.help} ({o.default})" for key, o in cls.options().items()
+            f"`{o.flag_of(name, key)}` {o.help}{o.shown(' ({})')}"
+            for key, o in cls.options().items()
         ]
         names = ", ".join(f"`{word}`" for word in (name, *cls.aliases))
         weight = f"{cls.weight_flag} {cls.default_weight:g}"

@@ -2,144 +2,187 @@
 
 from __future__ import annotations
 
-import math
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdfast import ops
+from kdfast.errors import UsageError, UserError
+from kdfast.methods._contrast import ContrastMemory
+from kdfast.methods.base import Method, Option, Outputs, Pairing, method
+from kdfast.ops import Key
+from kdfast.ops.reference.philox import counter_of, philox
+
+__all__ = ["ContrastMemory", "ContrastiveRepresentation"]
 
 
-class ContrastMemory(nn.Module):
-    """The two banks of CRD, a row a training sample, and the loss against them.
+@method("crd")
+class ContrastiveRepresentation(Method):
+    """Contrastive representations: tell an image from others across the networks.
 
-    Each step `loss = memory(student, teacher, index, negatives)`, then `memory.update()`, before
-    or after the backward: the loss is that of the banks as they were. Z is set by the first batch
-    and then kept. Banks and Z are buffers: they travel in checkpoints, and a loaded Z stays.
+    The penultimate vectors f of both networks are embedded by a linear layer each, trained with the
+    student, and brought to length 1. A student's embedding is to resemble the teacher's of the same
+    image more than those of K images of other classes, and the other way round; what it is compared
+    with comes from a bank of a row an image, M_t and M_s, blended with the embeddings of every
+    optimizer step (also of one that fp16 skips: its gradients overflowed, its embeddings did not).
+    Z is n times the mean of exp(score / tau) over the first micro-batch of the run. Where a class
+    leaves fewer than K images of others, those are drawn with replacement.
 
-    Under torch.distributed all processes keep equal banks: `update` gathers what they have seen,
-    and Z comes from all their first batches. Every process must then call both at every step.
-
-    Args:
-        size: n, samples in the training set.
-        dim: d of the embeddings.
-        negatives: K, negatives of each sample.
-        temperature: of the scores.
-        momentum: of the bank rows.
-
-    Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020, section 3.3.
+    Source: Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020,
+    arXiv 1910.10699, equations 14 to 18; epsilon, banks and sizes of its public code.
     """
 
-    student_bank: Tensor
-    teacher_bank: Tensor
-    z_student: Tensor
-    z_teacher: Tensor
+    default_weight = 0.8
+    dim = Option(128, "d of the embeddings", positive=True)
+    negatives = Option(16384, "K, images of other classes to tell one from", positive=True)
+    temperature = Option(0.07, "tau of the scores", positive=True)
+    momentum = Option(0.5, "what a bank row keeps of itself at an update, 0 to 1", least=0.0)
+    positives = Option(
+        "exact", "the image itself, or any of its class (relax)", choices=("exact", "relax")
+    )
+    formula = (
+        "L(e_s, M_t) + L(e_t, M_s), L = -mean_b [log(x_0 / (x_0 + K/n)) + sum_j log((K/n) / "
+        "(x_j + K/n))], x_j = exp(M_j e_b / tau) / Z, e = (W f + b) / ||W f + b||"
+    )
 
-    def __init__(
-        self,
-        size: int,
-        dim: int = 128,
-        negatives: int = 16384,
-        temperature: float = 0.07,
-        momentum: float = 0.5,
-    ):
-        super().__init__()
-        for name, value in (("size", size), ("dim", dim), ("negatives", negatives)):
-            if value < 1:
-                raise ValueError(f"ContrastMemory: {name} must be at least 1, got {value}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"ContrastMemory: temperature must be positive, got {temperature}")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"ContrastMemory: momentum must be in [0, 1], got {momentum}")
-        self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
-        bound = math.sqrt(3 / dim)  # rows of expected length 1
-        self.register_buffer("student_bank", torch.empty(size, dim).uniform_(-bound, bound))
-        self.register_buffer("teacher_bank", torch.empty(size, dim).uniform_(-bound, bound))
-        self.register_buffer("z_student", torch.tensor(-1.0))  # not set yet
-        self.register_buffer("z_teacher", torch.tensor(-1.0))
-        self._set = False  # whether both Z surely are set; asking the device would wait for it
-        self._seen: tuple[Tensor, Tensor, Tensor] | None = None
+    def taps(self) -> str:
+        return "penultimate"
 
-    def forward(self, student: Tensor, teacher: Tensor, index: Tensor, negatives: Tensor) -> Tensor:
-        """The loss of both sides.
+    def setup(self, pairing: Pairing) -> None:
+        if self.momentum > 1:
+            raise UsageError(f"crd momentum must be 1 or less, got {self.momentum:g}")
+        targets = torch.tensor(pairing.training_labels(), dtype=torch.int64)
+        counts = _class_sizes(targets, pairing.classes)
+        self.others = len(targets) - int(counts.max())
+        self.seed = pairing.seed
+        student, teacher = (
+            shapes[0][1:].numel() for shapes in (pairing.student_shapes, pairing.teacher_shapes)
+        )
+        self.embed_student = nn.Linear(student, self.dim)
+        self.embed_teacher = nn.Linear(teacher, self.dim)
+        self.memory = ContrastMemory(
+            len(targets), self.dim, self.negatives, self.temperature, self.momentum
+        )
+        # Of the data, not of the run: they are made anew at every start.
+        for name, table in (
+            ("targets", targets),
+            ("order", targets.argsort(stable=True)),  # the images class by class
+            ("class_offsets", F.pad(counts.cumsum(0), (1, 0))),
+            ("partners", torch.zeros_like(targets) if self.positives == "relax" else None),
+        ):
+            self.register_buffer(name, table, persistent=False)
+        self.owner = _enter(self)
+        self.start_epoch(0)
 
-        Args:
-            student, teacher: [B, d] embeddings of length 1.
-            index: [B] int64, data set indices: the rows that `update` will change.
-            negatives: [B, K + 1] int64 of `ops.draw_negatives`, column 0 the positive.
+    def notes(self) -> list[str]:
+        if self.negatives <= self.others:
+            return []
+        return [
+            f"{self.negatives} negatives an image, but as few as {self.others} images of other "
+            f"classes: drawn with replacement; --crd-negatives {self.others} draws none twice"
+        ]
+
+    def start_epoch(self, epoch: int) -> None:
+        self.key = Key(self.seed, "crd", epoch)
+        if self.partners is not None:
+            ids = torch.arange(len(self.targets), device=self.targets.device)
+            zero = torch.zeros_like(ids)
+            key = Key(self.seed, "crd", "positives", epoch)
+            bits = philox(key.value, counter_of(zero, ids, zero))[0]
+            first, end = (self.class_offsets[self.targets + i] for i in (0, 1))
+            self.partners.copy_(self.order[first + ((bits * (end - first)) >> 32)])
+
+    def after_step(self) -> None:
+        self.memory.update()
+
+    def draw(self, labels: Tensor, index: Tensor) -> Tensor:
+        """[B, K + 1] data set indices for images `index` [B] of classes `labels` [B].
+
+        Column 0 is the positive, the others are of other classes. A function of the seed, the
+        epoch and the image alone.
         """
-        if negatives.dim() != 2 or negatives.shape[1] != self.negatives + 1:
-            raise ValueError(
-                f"ContrastMemory: negatives must be [B, {self.negatives + 1}], the positive and "
-                f"{self.negatives} negatives a row, got shape {list(negatives.shape)}"
-            )
-        if not self._set:
-            self._set_constants(student, teacher, negatives)
-        loss = ops.contrastive_loss(
-            student,
-            teacher,
-            self.student_bank,
-            self.teacher_bank,
-            negatives,
-            self.z_student,
-            self.z_teacher,
-            self.temperature,
+        drawn = ops.draw_negatives(
+            labels, self.class_offsets, self.negatives, index, self.key, self.order
         )
-        self._seen = (student.detach(), teacher.detach(), index)
-        return loss
+        if self.partners is not None:
+            drawn[:, 0] = self.partners[index]
+        return drawn
 
-    def update(self) -> None:
-        """Blend the embeddings of the last forward into the banks; once a forward."""
-        if self._seen is None:
-            raise RuntimeError("ContrastMemory: update() takes a forward before it, one each")
-        student, teacher, index = self._seen
-        self._seen = None
-        if _processes() > 1:
-            student, teacher, index = _gathered(student.to(self.student_bank), teacher, index)
-        ops.contrastive_update_(
-            self.student_bank, self.teacher_bank, student, teacher, index, self.momentum
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
+        if student.indices is None:
+            raise ValueError("crd needs the data set indices of the images: Outputs.indices")
+        ours = _embedding(self.embed_student, student.features[0])
+        theirs = _embedding(self.embed_teacher, teacher.features[0])
+        seen = (ours.detach(), theirs.detach(), labels, student.indices)
+        z = (self.memory.z_student, self.memory.z_teacher)
+        if torch.compiler.is_compiling():
+            negatives = _observe(*seen, *z, self.owner)
+        else:
+            negatives = self.observe(*seen, z)
+        return self.memory.loss(ours, theirs, negatives)
+
+    def observe(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, index: Tensor, z: tuple
+    ) -> Tensor:
+        """Draw for a batch of embeddings, and have the memory see it; Z is set in `z`."""
+        negatives = self.draw(labels, index)
+        self.memory.observe(student, teacher, index, negatives, z)
+        return negatives
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.owner = _enter(self)  # a copy keeps a memory of its own
+
+
+def _embedding(layer: nn.Linear, feature: Tensor) -> Tensor:
+    embedding = layer(feature.flatten(1).to(layer.weight.dtype))
+    return embedding / torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
+
+
+def _class_sizes(targets: Tensor, classes: int) -> Tensor:
+    """Images of each class, [classes]; raises when there is nothing to tell apart."""
+    for i in ((targets < 0) | (targets >= classes)).nonzero().flatten().tolist():
+        raise UserError(f"training image {i} has label {targets[i]}, outside the {classes} classes")
+    counts = torch.bincount(targets, minlength=classes)
+    if (counts > 0).sum() < 2:
+        raise UsageError(
+            "method crd tells images of two classes or more apart, but all "
+            f"{len(targets)} training images are of one; raise --train-limit or use another method"
         )
-
-    def _set_constants(self, student: Tensor, teacher: Tensor, negatives: Tensor) -> None:
-        constants = torch.stack(
-            ops.contrastive_constants(
-                student,
-                teacher,
-                self.student_bank,
-                self.teacher_bank,
-                negatives,
-                self.temperature,
-            )
-        )
-        if _processes() > 1:  # the mean over all samples
-            sums = torch.cat([constants, torch.ones_like(constants[:1])]) * len(negatives)
-            distributed.all_reduce(sums)
-            constants = sums[:2] / sums[2]
-        for z, value in zip((self.z_student, self.z_teacher), constants, strict=True):
-            z.copy_(torch.where(z > 0, z, value))
-        self._set = True
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._set = False  # what is loaded may be unset
-        super()._load_from_state_dict(*args, **kwargs)
+    return counts
 
 
-def _processes() -> int:
-    ready = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if ready else 1
+# What is drawn and kept in a step is one opaque operation to torch.compile: the whole loss stays
+# one graph, and the key of a new epoch compiles nothing anew. Methods by number, which it can take.
+_numbers = count()
+_methods: WeakValueDictionary[int, ContrastiveRepresentation] = WeakValueDictionary()
 
 
-def _gathered(student: Tensor, teacher: Tensor, index: Tensor) -> list[Tensor]:
-    """The tensors of all processes one after the other; batches may differ in size."""
-    count = index.new_tensor([len(index)])
-    counts = [torch.empty_like(count) for _ in range(_processes())]
-    distributed.all_gather(counts, count)
-    sizes = torch.cat(counts).tolist()
-    gathered = []
-    for tensor in (student, teacher.to(student), index):
-        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
-        padded[: len(tensor)] = tensor
-        parts = [torch.empty_like(padded) for _ in sizes]
-        distributed.all_gather(parts, padded)
-        gathered.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
-    return gathered
+def _enter(owner: ContrastiveRepresentation) -> int:
+    number = next(_numbers)
+    _methods[number] = owner
+    return number
+
+
+@torch.library.custom_op("kdfast::crd_observe", mutates_args=("z_student", "z_teacher"))
+def _observe(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    z_student: Tensor,
+    z_teacher: Tensor,
+    owner: int,
+) -> Tensor:
+    """[B, K + 1] indices for a batch that method number `owner` observes."""
+    # Compiled code uses the memory of its intermediate results again.
+    kept = [x.clone() for x in (student, teacher, labels, index)]
+    return _methods[owner].observe(*kept, (z_student, z_teacher))
+
+
+@_observe.register_fake
+def _(student, teacher, labels, index, z_student, z_teacher, owner):
+    return index.new_empty((len(index), _methods[owner].negatives + 1))

@@ -8,6 +8,7 @@ from kdfast.models.factory import (
     input_size,
     resolve_name,
 )
+from kdfast.models.head_files import MountedHeads, load_heads, save_head, shapes_of
 from kdfast.models.heads import ConvHead, DeepHead, LinearHead
 from kdfast.models.inputs import InputAdapter
 from kdfast.models.split import split_at
@@ -20,6 +21,7 @@ __all__ = [
     "DeepHead",
     "InputAdapter",
     "LinearHead",
+    "MountedHeads",
     "Taps",
     "aliases",
     "architecture",
@@ -30,12 +32,15 @@ __all__ = [
     "find_layer",
     "fixed_input_size",
     "input_size",
+    "load_heads",
     "load_weights",
     "pair_stages",
     "penultimate",
     "read_weights",
     "resolve_name",
+    "save_head",
     "save_weights",
+    "shapes_of",
     "split_at",
     "unwrap",
 ]

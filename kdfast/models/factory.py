@@ -11,12 +11,27 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from kdfast.errors import UsageError, UserError, unknown
-from kdfast.models import cifar_resnet  # noqa: F401  (registers its models with timm)
+from kdfast.models import (  # noqa: F401  (they register their models with timm)
+    cifar_mobilenetv2,
+    cifar_resnet,
+    cifar_resnet18,
+    cifar_shufflenet,
+    cifar_vgg,
+    cifar_wrn,
+)
 
-# Published spelling -> registered name. An entry counts only while timm has no model so called.
+_DEPTHS = ("8", "14", "20", "32", "44", "56", "110")
+# Published spelling -> registered name. An entry counts only while timm has no model so called; no
+# entry differs from a timm name in case alone (`ResNet50`), which would be taken for that model.
 _PUBLISHED = {
-    f"resnet{depth}": f"cifar_resnet{depth}"
-    for depth in ("8", "14", "20", "32", "44", "56", "110", "8x4", "32x4")
+    **{f"resnet{depth}": f"cifar_resnet{depth}" for depth in (*_DEPTHS, "8x4", "32x4")},
+    **{f"res{depth}": f"cifar_resnet{depth}" for depth in _DEPTHS},
+    **{f"resnet_32_{depth}": f"cifar_resnet{depth}" for depth in ("20", "110")},
+    **{f"wrn_{size}": f"cifar_wrn{size}" for size in ("16_1", "16_2", "28_2", "40_1", "40_2")},
+    "vgg8": "cifar_vgg8",
+    "MobileNetV2": "cifar_mobilenetv2_half",
+    "ShuffleV1": "cifar_shufflenetv1",
+    "ShuffleV2": "cifar_shufflenetv2",
 }
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import struct
 import warnings
 from collections.abc import Mapping
@@ -18,12 +19,17 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from kdfast.errors import UserError
+from kdfast.models import published
 from kdfast.models.factory import architecture
 from kdfast.models.taps import Taps
 
 # Where training programs keep the weights inside a checkpoint; averaged weights first.
-_WRAPPERS = ("state_dict_ema", "state_dict", "model")
+_WRAPPERS = ("state_dict_ema", "state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.")
+_UNORDERED = (
+    "its names are another program's, and a safetensors file keeps no order to match them by: give "
+    "the torch file that it was made from"
+)
 # What torch.load lets through when the bytes make no sense.
 _DAMAGE = (
     RuntimeError,
@@ -103,8 +109,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, o
     """(state dict on the CPU, metadata) of a .safetensors file or a torch checkpoint.
 
     Torch files are read with `weights_only=True`: no pickled code runs. Weights may lie under
-    `state_dict_ema`, `state_dict` or `model`; `module.` and `_orig_mod.` before names go away.
-    Metadata is {} where the file has none; of a torch checkpoint, its `arch`.
+    `state_dict_ema`, `state_dict`, `model` or `net`; `module.` and `_orig_mod.` before names go
+    away. Entries of a torch file are in the order they were saved in. Metadata is {} where the file
+    has none; of a torch checkpoint, its `arch`.
 
     Raises:
         UserError: no such file, damaged file, pickled code, no weights in it, weights not finite.
@@ -123,7 +130,11 @@ def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, o
 
 
 def load_weights(model: nn.Module, path: str | Path) -> dict[str, object]:
-    """Load the weights at `path` into `model` by name, all of them, and return their metadata.
+    """Load the weights at `path` into `model`, all of them, and return their metadata.
+
+    By name; where the names of a torch file are another program's and the model is one of our
+    CIFAR networks, by order (kdfast/models/published.py), and the metadata then have
+    `matched_by_order`: True.
 
     Raises:
         UserError: what `read_weights` raises; another architecture; another number of classes.
@@ -131,6 +142,16 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, object]:
     model = unwrap(model)
     state_dict, metadata = read_weights(path)
     own = model.state_dict()
+    reason = None
+    if state_dict.keys() != own.keys() and published.matches_by_order(model):
+        ordered = Path(path).suffix != ".safetensors"
+        reason = published.misfit(own, state_dict) if ordered else _UNORDERED
+        if reason is None:
+            model.load_state_dict(published.renamed(own, state_dict))
+            return {**metadata, "matched_by_order": True}
+        shared = own.keys() & state_dict.keys()
+        if 2 * len(shared) >= min(len(own), len(state_dict)):
+            reason = None  # the names are ours, and tell more
     missing = [name for name in own if name not in state_dict]
     unexpected = [name for name in state_dict if name not in own]
     reshaped = [
@@ -139,10 +160,9 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, object]:
         if name in state_dict and state_dict[name].shape != value.shape
     ]
     if missing or unexpected or reshaped:
-        raise UserError(
-            f"{path} does not fit {architecture(model)}: "
-            + _reason(model, metadata, state_dict, missing, unexpected, reshaped)
-        )
+        if reason is None:
+            reason = _reason(model, metadata, state_dict, missing, unexpected, reshaped)
+        raise UserError(f"{path} does not fit {architecture(model)}: {reason}")
     model.load_state_dict(state_dict)
     return metadata
 
@@ -172,7 +192,7 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
         if "GLOBAL" in str(error):
             raise UserError(
                 f"{path} holds Python objects besides tensors, and kdfast runs no pickled code: "
-                "save its state dict alone, best as safetensors"
+                + _conversion(path, str(error))
             ) from error
         raise UserError(f"{path} is damaged or no torch checkpoint; fetch it again") from error
     except _DAMAGE as error:
@@ -186,6 +206,17 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
     if not content or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{path} holds no state dict: looked at its top and at {list(_WRAPPERS)}")
     return dict(content), metadata
+
+
+def _conversion(path: Path, message: str) -> str:
+    """What to do about a file in which torch met the object that `message` names."""
+    found = re.search(r"GLOBAL (numpy\S*)", message)
+    if found is None:
+        return "save its state dict alone, best as safetensors"
+    return (
+        f"it has numbers of {found[1]} beside the weights; save its state dict alone, where you "
+        f"trust the file by torch.save(torch.load('{path}', weights_only=False)['model'], NEW)"
+    )
 
 
 def _decode(value: str) -> object:

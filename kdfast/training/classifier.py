@@ -135,9 +135,13 @@ _INCIDENTAL = {
 }  # fmt: skip
 
 
-def fingerprint(options: argparse.Namespace, keys: set[str], global_batch: int) -> str:
-    """Eight hex digits over the global batch and the options in `keys` that weights depend on."""
+def fingerprint(
+    options: argparse.Namespace, keys: set[str], global_batch: int, *more: str | None
+) -> str:
+    """Eight hex digits over the global batch, `more`, and what weights depend on in `keys`."""
     relevant = {k: v for k, v in plain(options).items() if k in keys - _INCIDENTAL}
     relevant["global-batch-size"] = global_batch
+    if more:
+        relevant["more"] = more
     text = json.dumps(relevant, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

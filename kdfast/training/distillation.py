@@ -15,7 +15,7 @@ from torch import nn
 
 from kdfast.data import ImageData, Loader
 from kdfast.methods import find_method
-from kdfast.models import InputAdapter, Taps, checksum, load_weights
+from kdfast.models import InputAdapter, MountedHeads, Taps, checksum, load_weights
 from kdfast.training.classifier import describe, train_classifier
 from kdfast.training.evaluate import evaluate
 from kdfast.training.first_stage import Hints, first_stage_options, train_first_stage
@@ -35,7 +35,7 @@ from kdfast.training.setup import (
     try_out,
 )
 from kdfast.training.teacher import Teacher
-from kdfast.training.teaching import load_teacher, train_teacher
+from kdfast.training.teaching import has_teacher, load_teacher, mount_heads, teach
 from kdfast.training.tell import comparison
 
 
@@ -54,8 +54,9 @@ class Stage:
 class Assembly:
     """All that a run trains with, checked as far as that needs no training.
 
-    `network` is the teacher's, `parent` the checksum of its weights and `source` where they are
-    from; they are random until `prepare_teacher` was called. `alone` is the student once more,
+    `network` is the teacher's, fed `fed`, `parent` the checksum of its weights and `source` where
+    they are from, `heads` its auxiliary classifiers where the main stage asks for them; all are
+    random until `prepare_teacher` was called. `alone` is the student once more,
     where a baseline is wanted; `first` trains a copy of it, where there is a first stage.
     """
 
@@ -66,6 +67,8 @@ class Assembly:
     held_out: Loader
     prepare: Callable[[torch.Tensor], torch.Tensor]
     network: nn.Module
+    fed: Inputs
+    heads: MountedHeads | None
     parent: str
     source: str | None
     main: Stage
@@ -97,6 +100,7 @@ def assemble(
 
     model, teacher_inputs = load_teacher(options, data)
     parent = checksum(model.state_dict())  # before --teacher-bn batch lets its statistics drift
+    heads = mount_heads(options, choice, data, model, teacher_inputs)
     adapter = InputAdapter(
         inputs.mean, inputs.std, teacher_inputs.mean, teacher_inputs.std, teacher_inputs.size
     )
@@ -109,7 +113,11 @@ def assemble(
         options: argparse.Namespace, choice: Choice, student: nn.Module, kind: type[Objective]
     ) -> Stage:
         methods = [find_method(name)(**chosen) for name, chosen in choice.methods.items()]
-        plan = plan_taps(methods, student, model, options.student_layers, options.teacher_layers)
+        asked = heads if any(method.heads for method in methods) else None
+        mounted = asked.layers if asked else ()
+        plan = plan_taps(
+            methods, student, model, options.student_layers, options.teacher_layers, mounted
+        )
         teacher = Teacher(model, plan.teacher_layers, adapter, bn=options.teacher_bn)
         taps = Taps(student.to(accelerator.device), plan.student_layers)
         objective = kind(taps, methods, choice.weights, choice.gamma, plan.views, options.smoothing)
@@ -118,6 +126,8 @@ def assemble(
             taps.calibrate(example),
             teacher.calibrate(example),
             data.classes,
+            head_layers=mounted,
+            head_widths=asked.widths if asked else (),
             training_labels=lambda: data.train.labels(),
             epochs=options.epochs,
             seed=options.seed,
@@ -134,7 +144,7 @@ def assemble(
         labels, indices = (x[:2].to(accelerator.device) for x in (batch.labels, batch.indices))
         first.objective.rest(example, labels, *first.teacher(example), indices=indices)
     return Assembly(
-        student, alone, inputs, train, held_out, prepare, model, parent,
+        student, alone, inputs, train, held_out, prepare, model, teacher_inputs, heads, parent,
         options.teacher_checkpoint, main, first,
     )  # fmt: skip
 
@@ -142,13 +152,18 @@ def assemble(
 def prepare_teacher(
     options: argparse.Namespace, accelerator: Accelerator, data: ImageData, made: Assembly
 ) -> None:
-    """Train the teacher where neither checkpoint nor published weights were asked for."""
-    if options.teacher_checkpoint is None and not options.teacher_pretrained:
+    """Train what of the teacher and its heads was not given, and mount the heads."""
+    if not has_teacher(options) or (made.heads and options.heads is None):
         # Only now, when nothing about the request can be refused any more.
-        path = train_teacher(options, accelerator, data)
-        load_weights(made.network, path)
-        made.source = str(path.parent)
+        made.heads, made.source = teach(
+            options, accelerator, data, made.network, made.fed, made.heads
+        )
         made.parent = checksum(made.network.state_dict())
+    if made.heads:
+        modules = [head.to(accelerator.device) for head in made.heads.modules]
+        made.main.teacher.mount(modules, made.main.plan.head_positions)
+        layers = ", ".join(made.heads.layers)
+        say(f"{made.heads.kind} heads on {layers}, from {made.heads.where}")
     if options.torchcompile:
         for stage in made.stages:
             stage.teacher.compile()
@@ -194,6 +209,8 @@ def distill(
     say(f"teacher top1 {taught['top1']:.2f}")
     arguments = arguments_of(recorded or options, accelerator, data, **choice.as_yaml())
     arguments["teacher-checksum"] = made.parent
+    if made.heads:
+        arguments["heads-checksum"] = made.heads.checksum()
     more: dict[str, Any] = {"teacher_top1": taught["top1"]}
     if chain is not None:
         more["chain"] = [*chain, taught]
@@ -260,7 +277,7 @@ def say_chain(chain: Sequence[dict[str, Any]]) -> None:
 
 
 def say_plan(stage: Stage) -> None:
-    """Say what is about to be trained: the loss and the layers each method compares."""
+    """Say what is about to be trained: the loss, the layers each method compares, its notes."""
     first = isinstance(stage.objective, Hints)
     say(f"loss{' of the first stage' if first else ''} = {describe_loss(stage.choice)}")
     plan = stage.plan
@@ -271,6 +288,9 @@ def say_plan(stage: Stage) -> None:
         )
         if ours:
             say(f"{name}: {', '.join(pairs)}")
+    for method in stage.objective.methods:
+        for note in method.notes():
+            say(f"{method.name}: {note}")
 
 
 def describe_loss(choice: Choice) -> str:

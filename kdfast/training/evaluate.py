@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from kdfast.data import Loader
 
 
-@torch.no_grad()
 def evaluate(
     network: Callable[[torch.Tensor], torch.Tensor],
     loader: Loader,
@@ -24,25 +23,45 @@ def evaluate(
     `network` maps prepared images [B, 3, H, W] to logits [B, C]; sums stay on the device until the
     end and are added over processes. All processes call `before_batch` equally often.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    (scores,) = evaluate_all(lambda x: [network(x)], 1, loader, accelerator, prepare, before_batch)
+    return scores
+
+
+@torch.no_grad()
+def evaluate_all(
+    network: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    classifiers: int,
+    loader: Loader,
+    accelerator: Accelerator,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    before_batch: Callable[[], None] = lambda: None,
+) -> list[dict[str, float]]:
+    """`evaluate` of a network that answers with the logits [B, C] of so many classifiers."""
+    sums = torch.zeros(classifiers, 4, dtype=torch.float64, device=accelerator.device)
     for batch in loader.epoch(0):
         before_batch()
         if not batch.portion.count:
             continue
         labels = batch.labels.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
-            logits = network(prepare(batch.images))
-        logits = logits.float()
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="none")
-        sums += torch.stack(
-            [
-                loss.sum(dtype=torch.float64),
-                ranked[:, 0].sum(),
-                ranked.sum(),
-                torch.full((), len(labels), device=labels.device),
-            ]
-        )
-    loss, top1, top5, count = accelerator.reduce(sums, "sum").tolist()
-    scores = {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
-    return scores | {"images": int(count)}
+            answers = network(prepare(batch.images))
+        sums += torch.stack([_sums(logits.float(), labels) for logits in answers])
+    return [
+        {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+        | {"images": int(count)}
+        for loss, top1, top5, count in accelerator.reduce(sums, "sum").tolist()
+    ]
+
+
+def _sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of a batch: losses, correct ones, those among the first five, images; float64 [4]."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    return torch.stack(
+        [
+            loss.sum(dtype=torch.float64),
+            ranked[:, 0].sum(),
+            ranked.sum(),
+            torch.full((), len(labels), device=labels.device),
+        ]
+    )

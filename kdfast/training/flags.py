@@ -18,7 +18,7 @@ def data_flags(parser: Parser) -> None:
         group,
         "--dataset",
         default="digits",
-        help="digits, fashion-mnist, cifar10, cifar100, "
+        help="digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, imagenet, "
         "folder, or a name of timm's create_dataset such as torch/cifar10 or hfds/owner/name",
     )
     flag(group, "--data-dir", metavar="PATH", help="where the set's files are")
@@ -113,7 +113,8 @@ def model_flags(parser: Parser, *, student: bool) -> None:
     )
 
 
-def distill_flags(parser: Parser) -> None:
+def teacher_flags(parser: Parser) -> Any:
+    """Which network teaches; returns the group of flags."""
     flag = parser.flag
     group = parser.add_argument_group("teacher")
     flag(
@@ -143,7 +144,19 @@ def distill_flags(parser: Parser) -> None:
         "--teacher-epochs",
         type=positive,
         default=8,
-        help="epochs of the teacher that is trained on digits when none is given",
+        help="epochs of the teacher, and of heads, that are trained on digits when none are given",
+    )
+    return group
+
+
+def distill_flags(parser: Parser) -> None:
+    flag = parser.flag
+    group = teacher_flags(parser)
+    flag(
+        group,
+        "--heads",
+        metavar="PATH",
+        help="run folder of train/heads.py, for methods that use a teacher's auxiliary classifiers",
     )
     flag(
         group,
@@ -251,13 +264,15 @@ def _method_flags(parser: Parser, group: Any, names: list[str]) -> None:
 
     What several methods call the same is one flag, for all of them that are used.
     """
-    shared: dict[str, list[tuple[str, str, Option]]] = {"--alpha": []}
+    shared: dict[str, list[tuple[str, str, Option]]] = {"--alpha": []} if "kd" in names else {}
     for name in names:
         for key, option in find_method(name).options().items():
             shared.setdefault(option.flag_of(name, key), []).append((name, key, option))
     for flag, uses in shared.items():
-        said = [f"{name}: {option.help} (default: {option.default})" for name, _, option in uses]
-        if flag == "--alpha":
+        said = [
+            f"{name}: {option.help}{option.shown(' (default: {})')}" for name, _, option in uses
+        ]
+        if flag == "--alpha" and "kd" in names:
             said.insert(0, "kd: weight of the term (default: 0.9)")
             parser.flag(group, flag, type=amount, help="; ".join(said))
             continue
@@ -267,9 +282,85 @@ def _method_flags(parser: Parser, group: Any, names: list[str]) -> None:
             kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         elif option.choices:
             kind = {"choices": option.choices}
+        elif isinstance(option.default, tuple):
+            kind = {"type": float, "nargs": "+", "metavar": "VALUE"}
         else:
-            kind = {"type": type(option.default), "metavar": "VALUE"}
+            kind = {"type": option.kind or type(option.default), "metavar": "VALUE"}
         parser.flag(group, flag, dest=dest, help="; ".join(said), **kind)
+
+
+def generation_flags(parser: Parser) -> None:
+    """Those of a born-again chain: its length, where it starts, and its loss."""
+    flag = parser.flag
+    group = parser.add_argument_group("generations")
+    flag(
+        group,
+        "--generations",
+        type=positive,
+        help="how many, generation 0 included (default: 5; 3 on digits)",
+    )
+    flag(
+        group,
+        "--start-generation",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="0 trains generation 0 on labels alone; 1 takes --teacher-checkpoint for it",
+    )
+    flag(
+        group,
+        "--teacher",
+        metavar="NAME",
+        help="network of the given generation 0 (default: that of --model)",
+    )
+    flag(
+        group,
+        "--teacher-checkpoint",
+        metavar="PATH",
+        help="its weights: a file, or a run folder (whose last weights are taken)",
+    )
+    flag(
+        group,
+        "--teacher-kwargs",
+        type=assignment,
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="arguments for its constructor (default: those its checkpoint was trained with)",
+    )
+    group = parser.add_argument_group(
+        "loss of generations 1 and up", "cross-entropy + lambda * cross-entropy with the teacher"
+    )
+    _method_flags(parser, group, ["born_again"])
+
+
+def head_flags(parser: Parser) -> None:
+    flag = parser.flag
+    group = parser.add_argument_group("heads")
+    flag(
+        group,
+        "--kind",
+        choices=("linear", "deep"),
+        default="linear",
+        help="linear: on the frozen teacher, for dih; deep: trained together with it, for tofd",
+    )
+    flag(
+        group,
+        "--teacher-layers",
+        nargs="+",
+        metavar="LAYER",
+        help="layers to mount heads on instead of the stages, shallow to deep; of --kind deep the "
+        "last is the one that the network's own classifier follows",
+    )
+    flag(
+        group,
+        "--head-pool",
+        type=positive,
+        nargs="+",
+        metavar="SIDE",
+        help="average pool maps to this height and width before a linear head",
+    )
+    parser.switch(group, "--pretrained", help="deep: start from timm's published weights")
+    flag(group, "--initial-checkpoint", metavar="PATH", help="deep: start from these weights")
 
 
 def training_flags(parser: Parser) -> None:
@@ -439,4 +530,8 @@ def every_key() -> set[str]:
     for add in (data_flags, distill_flags, training_flags, run_flags):
         add(parser)
     model_flags(parser, student=True)
-    return set(parser.actions())
+    # Groups of other scripts, whose --teacher-layers and --teacher are not quite the same.
+    heads, chain = Parser(), Parser()
+    head_flags(heads)
+    generation_flags(chain)
+    return set(parser.actions()) | set(heads.actions()) | set(chain.actions())

@@ -3,9 +3,10 @@
 # Of the folder: what lies where, and what `args.yaml` means.
 LAYOUT = 1
 # What a resumed run may change, and its weights do not depend on; all else it must share with the
-# run it goes on with. The teacher is known by its checksum, wherever it lies.
+# run it goes on with. The teacher is known by its checksum, wherever it lies,
+# and so are its heads.
 FREE = {
     "output", "experiment", "resume", "recipe", "epochs", "save-epochs", "checkpoint-hist",
     "checkpoint-steps", "log-interval", "profile", "workers", "threads", "data-dir", "download",
-    "baseline", "amp", "teacher-checkpoint", "teacher-epochs",
+    "baseline", "amp", "teacher-checkpoint", "teacher-epochs", "heads",
 }  # fmt: skip

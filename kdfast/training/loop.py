@@ -161,6 +161,7 @@ class Trainer:
         row = {"epoch": epoch + 1}
         row |= {f"train_{name}": value for name, value in losses.items()}
         row |= {f"eval_{name}": score for name, score in scores.items()}
+        row |= self.objective.gauges()
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["images_per_second"] = round(images / trained, 1)
         row["seconds"] = round(time.perf_counter() - started, 3)

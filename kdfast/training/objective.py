@@ -233,7 +233,11 @@ def _pairs(
         return last
     if student_layers is not None:
         return [*zip(teacher_layers, student_layers, strict=True), *last]
-    pairs = pair_stages(mounted or default_stages(teacher), default_stages(student))
+    theirs = default_stages(teacher)
+    if mounted:
+        # A head takes the place of its layer: the networks' last stages remain partners.
+        theirs = mounted if theirs[-1] in mounted else [*mounted, theirs[-1]]
+    pairs = pair_stages(theirs, default_stages(student))
     if taps == "stem+stages":
         stems = default_stages(teacher, stem=True)[0], default_stages(student, stem=True)[0]
         pairs = [*([stems] if stems != pairs[0] else []), *pairs]
@@ -296,6 +300,7 @@ class Objective(nn.Module):
                 tuple(teacher_shapes[i] for i in theirs),
                 classes,
                 seed=seed,
+                label_smoothing=self.label_smoothing,
                 **run,
             )
             if "stages" in method.taps():
@@ -309,6 +314,13 @@ class Objective(nn.Module):
     def start_epoch(self, epoch: int) -> None:
         for method in self.methods:
             method.start_epoch(epoch)
+
+    def gauges(self) -> dict[str, float]:
+        return {
+            f"{method.name}_{key}": value
+            for method in self.methods
+            for key, value in method.gauges().items()
+        }
 
     def after_step(self) -> None:
         for method in self.methods:

@@ -25,7 +25,7 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         foreign=every_key() - set(parser.actions()),
         canonical=_canonical,
     )
-    options.model_kwargs = dict(options.model_kwargs)
+    options.model_kwargs = dict(getattr(options, "model_kwargs", ()))
     if options.amp:
         if options.mixed_precision not in (None, "bf16"):
             raise UsageError(f"--amp contradicts --mixed-precision {options.mixed_precision}")

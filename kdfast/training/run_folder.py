@@ -94,8 +94,10 @@ class RunFolder:
     """Paths and writers of one run.
 
     An existing folder is refused unless it is to be resumed; all writers are for the main process
-    alone.
+    alone. `free` are the options that a resumed run may change.
     """
+
+    free = frozenset(FREE)
 
     def __init__(self, path: Path):
         self.path = path
@@ -200,7 +202,7 @@ class RunFolder:
             ) from None
 
     def _check_same(self, arguments: dict[str, Any]) -> None:
-        """Refuse to go on with a run made with other options than those that `FREE` lists."""
+        """Refuse to go on with a run made with other options, those that are free aside."""
         if not self.arguments.exists():
             return
         try:
@@ -211,7 +213,7 @@ class RunFolder:
                     arguments.setdefault(key, before[key])
                 elif key in arguments:
                     before[key] = arguments[key]
-            keys = [*_TELLING, *sorted((before.keys() | arguments.keys()) - FREE)]
+            keys = [*_TELLING, *sorted((before.keys() | arguments.keys()) - self.free)]
             differing = [key for key in keys if before.get(key) != arguments.get(key)]
         except (
             UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError,

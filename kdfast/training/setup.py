@@ -42,6 +42,7 @@ from kdfast.models import (
 )
 from kdfast.seeding import derive_seed
 from kdfast.training import processes
+from kdfast.training.journal import say
 from kdfast.training.options import batch_size
 from kdfast.training.run_folder import on_main
 
@@ -209,9 +210,15 @@ def build_model(options: argparse.Namespace, classes: int, *, seed_name: str) ->
         **options.model_kwargs,
     )
     if options.initial_checkpoint:
-        load_weights(model, weights_path(options.initial_checkpoint))
+        load_checkpoint(model, weights_path(options.initial_checkpoint))
     # Before anything watches its layers.
     return convert_sync_batchnorm(model) if options.sync_bn else model
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """`load_weights`, which says so when it had only the order of the entries to go by."""
+    if load_weights(model, path).get("matched_by_order"):
+        say(f"{path}: foreign names, matched with {architecture(model)} by order")
 
 
 def weights_path(path: str | Path) -> Path:

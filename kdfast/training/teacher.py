@@ -34,14 +34,18 @@ class Teacher:
         head_positions: Sequence[int] = (),
     ):
         self.model = model.requires_grad_(False).eval()
-        self.heads = [head.requires_grad_(False).eval() for head in heads]
-        self.head_positions = list(head_positions)
+        self.mount(heads, head_positions)
         self.taps, self.adapter = Taps(model, layers), adapter
         if bn == "batch":
             for module in model.modules():
                 if isinstance(module, _BatchNorm):
                     module.train()
         self.answer = self._answer
+
+    def mount(self, heads: Sequence[nn.Module], positions: Sequence[int]) -> None:
+        """Answer with these heads from now on."""
+        self.heads = [head.requires_grad_(False).eval() for head in heads]
+        self.head_positions = list(positions)
 
     def compile(self) -> None:
         self.answer = torch.compile(self._answer)

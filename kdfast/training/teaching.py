@@ -1,4 +1,7 @@
-"""The teacher of a run: loaded from a checkpoint, published weights, or trained on digits."""
+"""The teacher of a run: loaded from a checkpoint, published weights, or trained on digits.
+
+So are its heads, where a method distils from them.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,21 @@ from torch import nn
 
 from kdfast.data import ImageData
 from kdfast.errors import UsageError
-from kdfast.models import create_model, load_weights, read_weights, resolve_name
+from kdfast.methods import find_method, method_names
+from kdfast.models import (
+    MountedHeads,
+    checksum,
+    create_model,
+    load_heads,
+    load_weights,
+    read_weights,
+    resolve_name,
+)
 from kdfast.training.classifier import fingerprint, train_classifier
-from kdfast.training.flags import data_flags, model_flags, training_flags
+from kdfast.training.flags import data_flags, model_flags, run_flags, training_flags
+from kdfast.training.heads import build_heads, train_deep, train_linear
 from kdfast.training.journal import say
+from kdfast.training.objective import Choice
 from kdfast.training.options import batch_size
 from kdfast.training.parser import Parser
 from kdfast.training.run_folder import RunFolder, on_main
@@ -23,16 +37,21 @@ from kdfast.training.setup import (
     Inputs,
     build_model,
     choose_inputs,
+    load_checkpoint,
     recorded_inputs,
     try_out,
     weights_path,
 )
 
 
+def has_teacher(options: argparse.Namespace) -> bool:
+    """Whether the weights of the teacher are given."""
+    return bool(options.teacher_checkpoint or options.teacher_pretrained)
+
+
 def require_teacher(options: argparse.Namespace) -> None:
     """Refuse a run without a teacher, but on digits, where one is trained."""
-    given = options.teacher_checkpoint or options.teacher_pretrained
-    if not given and options.dataset != "digits":
+    if not has_teacher(options) and options.dataset != "digits":
         raise UsageError(
             f"no teacher for {options.dataset}: train one with train/classifier.py --dataset "
             f"{options.dataset} --model {options.teacher} and give its run folder as "
@@ -63,7 +82,7 @@ def load_teacher(options: argparse.Namespace, data: ImageData) -> tuple[nn.Modul
         **kwargs,
     )
     if path is not None:
-        load_weights(model, path)
+        load_checkpoint(model, path)
     if fed is None:
         own = argparse.Namespace(**vars(options))
         own.pretrained, own.initial_checkpoint = options.teacher_pretrained, None
@@ -87,22 +106,109 @@ def require_same_classes(name: str, data: ImageData) -> None:
         )
 
 
+def settle_heads(options: argparse.Namespace, choice: Choice) -> None:
+    """Refuse --heads that no method uses, and methods that lack them, but on digits.
+
+    Deep heads bring their teacher along: it is taken from their run unless it is given.
+    """
+    kinds = {kind: name for name in choice.methods if (kind := find_method(name).heads)}
+    if len(kinds) > 1:
+        raise UsageError(
+            " and ".join(f"method {name} needs {kind} heads" for kind, name in kinds.items())
+            + "; a teacher has heads of one kind: choose one of them"
+        )
+    if not kinds:
+        if options.heads:
+            raise UsageError(
+                f"--heads is given, but no method uses a teacher's heads; {', '.join(_users())} do"
+            )
+        return
+    ((kind, name),) = kinds.items()
+    if options.smoothing and choice.gamma == 0 and find_method(name).gamma == 0:
+        raise UsageError(
+            f"--smoothing acts on cross-entropy beside the methods; {name} has its own: drop it, "
+            "or give --gamma"
+        )
+    if options.heads:
+        if kind == "deep" and not has_teacher(options):
+            options.teacher_checkpoint = options.heads
+        return
+    command = (
+        f"train/heads.py --kind {kind} --dataset {options.dataset} --teacher {options.teacher}"
+    )
+    if kind == "deep" and has_teacher(options):
+        raise UsageError(
+            f"method {name} needs a teacher that was trained together with its heads: make one "
+            f"with {command} and give its run folder as --heads"
+        )
+    if options.dataset != "digits":
+        if kind == "linear":
+            command += " --teacher-checkpoint RUN"
+        raise UsageError(
+            f"method {name} needs heads of the teacher: train them with {command} and give the "
+            "run folder as --heads"
+        )
+
+
+def _users() -> list[str]:
+    return [name for name in method_names() if find_method(name).heads]
+
+
+def mount_heads(
+    options: argparse.Namespace,
+    choice: Choice,
+    data: ImageData,
+    network: nn.Module,
+    fed: Inputs,
+) -> MountedHeads | None:
+    """The heads that the methods distil from; fresh ones where they are still to be trained."""
+    kind = next((k for name in choice.methods if (k := find_method(name).heads)), None)
+    if kind is None:
+        return None
+    if options.heads is None:
+        return build_heads(_options_of_heads(options, kind), network, fed.size, data.classes)[0]
+    heads = load_heads(options.heads, network, fed.size, data.classes, kind=kind)
+    if has_teacher(options):
+        heads.require_parent(checksum(network.state_dict()))
+    return heads
+
+
+def teach(
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+    data: ImageData,
+    network: nn.Module,
+    fed: Inputs,
+    heads: MountedHeads | None,
+) -> tuple[MountedHeads | None, str | None]:
+    """Train what was not given, on digits, into `network`.
+
+    Returns the heads, of which none is fresh, and where the teacher's weights are.
+    """
+    source = options.teacher_checkpoint
+    missing = heads is not None and options.heads is None
+    if missing and heads.kind == "deep":
+        path = _train_heads(options, accelerator, data, network, fed, heads.kind)
+        load_weights(network, weights_path(path))
+        source = str(path)
+    elif not has_teacher(options):
+        weights = train_teacher(options, accelerator, data)
+        load_weights(network, weights)
+        source = str(weights.parent)
+    parent = checksum(network.state_dict())
+    if not missing:
+        if heads is not None:
+            heads.require_parent(parent)
+        return heads, source
+    if heads.kind == "linear":
+        path = _train_heads(options, accelerator, data, network, fed, heads.kind)
+    return load_heads(path, network, fed.size, data.classes, kind=heads.kind, parent=parent), source
+
+
 def train_teacher(options: argparse.Namespace, accelerator: Accelerator, data: ImageData) -> Path:
     """Train the digits teacher, or take the one that the same options gave before."""
-    own = copy.deepcopy(options)
-    own.model, own.model_kwargs = options.teacher, dict(options.teacher_kwargs or ())
-    own.epochs, own.save_epochs = options.teacher_epochs, []
-    own.pretrained, own.initial_checkpoint, own.img_size = False, None, None
-    own.profile = None
-    own.freeze_bn = False  # the student's: a fresh teacher has no statistics to freeze
-    scratch = Parser()
-    data_flags(scratch)
-    model_flags(scratch, student=False)
-    training_flags(scratch)
-    processes = accelerator.num_processes
-    batch = batch_size(own, processes) * processes * own.grad_accum_steps
-    key = fingerprint(own, set(scratch.actions()) | {"seed"}, batch)
-    run = RunFolder(Path(options.output) / "teachers" / f"digits-{options.teacher}-{key}")
+    own = _options_of_teacher(options)
+    run = _run_aside(own, accelerator, f"digits-{options.teacher}")
     if on_main(accelerator, run.results.exists):
         say(f"teacher {options.teacher}: taken from {run.path}")
         return weights_path(run.path)
@@ -112,3 +218,69 @@ def train_teacher(options: argparse.Namespace, accelerator: Accelerator, data: I
     begun = on_main(accelerator, run.path.exists)
     train_classifier(own, accelerator, data, model, fed, run, resume=begun)
     return weights_path(run.path)
+
+
+def _train_heads(
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+    data: ImageData,
+    network: nn.Module,
+    fed: Inputs,
+    kind: str,
+) -> Path:
+    """Train heads on digits, or take those that the same options gave before; their run folder."""
+    own = _options_of_heads(options, kind)
+    deep = kind == "deep"
+    parent = None if deep else checksum(network.state_dict())
+    run = _run_aside(own, accelerator, f"digits-{options.teacher}-{kind}-heads", kind, parent)
+    if on_main(accelerator, run.results.exists):
+        say(f"{kind} heads of {options.teacher}: taken from {run.path}")
+        return run.path
+    say(f"{kind} heads of {options.teacher}: training into {run.path}")
+    begun = on_main(accelerator, run.path.exists)
+    if deep:
+        network = build_model(own, data.classes, seed_name="network")
+        fed = choose_inputs(own, data, network)
+    train = train_deep if deep else train_linear
+    train(own, accelerator, data, copy.deepcopy(network), fed, run, resume=begun)
+    return run.path
+
+
+def _options_of_teacher(options: argparse.Namespace) -> argparse.Namespace:
+    """The options of the run that trains what teaches: none of the student's or the methods'."""
+    scratch = Parser()
+    for add in (data_flags, training_flags, run_flags):
+        add(scratch)
+    model_flags(scratch, student=False)
+    own = argparse.Namespace(
+        **{key: copy.copy(v) for key, v in vars(options).items() if key in scratch.fallbacks},
+        given=options.given,
+        layers_of_methods=[],
+    )
+    own.model, own.model_kwargs = options.teacher, dict(options.teacher_kwargs or ())
+    own.epochs, own.save_epochs = options.teacher_epochs, []
+    own.pretrained, own.initial_checkpoint, own.img_size = False, None, None
+    own.profile = own.experiment = own.resume = None
+    own.freeze_bn = False  # the student's: a fresh teacher has no statistics to freeze
+    return own
+
+
+def _options_of_heads(options: argparse.Namespace, kind: str) -> argparse.Namespace:
+    own = _options_of_teacher(options)
+    own.teacher, own.teacher_kwargs = options.teacher, own.model_kwargs
+    own.kind, own.head_pool, own.teacher_layers = kind, None, None
+    return own
+
+
+def _run_aside(
+    own: argparse.Namespace, accelerator: Accelerator, name: str, *more: str | None
+) -> RunFolder:
+    """The folder that the same options, and what else the weights depend on, had before."""
+    scratch = Parser()
+    data_flags(scratch)
+    model_flags(scratch, student=False)
+    training_flags(scratch)
+    processes = accelerator.num_processes
+    batch = batch_size(own, processes) * processes * own.grad_accum_steps
+    key = fingerprint(own, set(scratch.actions()) | {"seed"}, batch, *more)
+    return RunFolder(Path(own.output) / "teachers" / f"{name}-{key}")
