@@ -202,7 +202,7 @@ import torch
 from torch import nn
 from kdfast.methods import Method, method
 
-@method("hint")
+@method("middle")
 class Hint(Method):
     """The middle layer through a regressor."""
 
@@ -226,11 +226,11 @@ def test_what_the_first_stage_trains_beside_the_student_is_dropped(
     run_script, teacher_run, tmp_path
 ):
     (tmp_path / "hint.py").write_text(HINT)
-    flags = (*FEW, "--plugin", "hint.py", "--method", "hint", "kd", "--init-epochs", 1)
+    flags = (*FEW, "--plugin", "hint.py", "--method", "middle", "kd", "--init-epochs", 1)
     code, out, err = run_script(DISTILL, *flags, "--teacher-checkpoint", teacher_run,
                                 "--experiment", "run")  # fmt: skip
     assert code == 0, err
-    assert "hint: layer2 -> layer2" in out
+    assert "middle: layer2 -> layer2" in out
     first = load_file("run/first-stage/checkpoints/epoch-0001/objective.safetensors")
     main = load_file("run/checkpoints/epoch-0001/objective.safetensors")
     assert "methods.0.regressor.weight" in first and "methods.0.regressor.weight" not in main

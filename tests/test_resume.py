@@ -68,11 +68,20 @@ def record_of(run: Path) -> dict:
     return {"rows": rows, "last": results["last"], "best": results["best"], **weights}
 
 
+def records_of(run: Path) -> dict[str, dict]:
+    """The same of a run and of all runs that are parts of it."""
+    parts = [path.parent.relative_to(run) for path in run.rglob("results.json")]
+    return {str(part): record_of(run / part) for part in parts}
+
+
+SHORT = ("--train-limit", 64, "-b", 32, "--epochs", 1)
 CASES = {
     "plain": (),
     "accumulated and averaged": ("--grad-accum-steps", 2, "--model-ema", "--model-ema-decay", 0.9),
     "bf16": ("--amp", "--train-limit", 96, "-b", 8),
     "distilled": (),
+    "two stages": (*SHORT, "--method", "fsp", "kd", "--init-epochs", 1),
+    "chain": (*SHORT, "--method", "kd", "--assistants", "cifar_resnet8"),
     "contrasted": ("--method", "crd", "kd", "--crd-negatives", 40, "--crd-positives", "relax",
                    "--grad-accum-steps", 2),
     "linear heads": (),
@@ -89,6 +98,8 @@ CASES = {
         ("accumulated and averaged", 1),
         ("bf16", 1),
         ("distilled", 1),
+        ("two stages", 1),
+        ("chain", 1),
         ("contrasted", 1),
         ("linear heads", 1),
         ("deep heads", 1),
@@ -101,6 +112,8 @@ CASES = {
 def test_killed_and_resumed(teacher_run, tmp_path, case, processes):
     script = {
         "distilled": DISTILL,
+        "two stages": DISTILL,
+        "chain": DISTILL,
         "contrasted": DISTILL,
         "intermediate classifiers": DISTILL,
         "linear heads": HEADS,
@@ -130,15 +143,15 @@ def test_killed_and_resumed(teacher_run, tmp_path, case, processes):
         ended = command(*killed, f"{rank}:{moment}", script, *flags, cwd=tmp_path)
         said = "".join(ended.communicate(timeout=600))
         if ended.returncode == 0:  # it was done before its moment came; another one is killed
-            assert record_of(whole) == record_of(cut)
+            assert records_of(whole) == records_of(cut)
             shutil.rmtree(cut)
             continue
         assert ended.returncode == (-signal.SIGKILL if processes == 1 else 1), said
         assert processes == 1 or f"process {rank} died" in said, said
         kills += 1
     finish(command(*killed, "0:0", script, *flags, cwd=tmp_path))
-    assert record_of(whole) == record_of(cut)
-    assert not list((cut / "checkpoints").glob(".partial*"))
+    assert records_of(whole) == records_of(cut)
+    assert not list(cut.rglob(".partial*"))
 
 
 def chain_of(run: Path) -> dict:
@@ -236,6 +249,35 @@ def test_stopped_by_a_signal(run_script, signalled, tmp_path, number, code, when
     assert code == 0, err
     assert record_of(tmp_path / "whole") == record_of(tmp_path / "cut")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers are put back"
+
+
+@pytest.mark.parametrize(
+    ("case", "part", "step"),
+    [
+        ("two stages", "first-stage", 3),
+        ("two stages", "", 6),
+        ("chain", "assistants/1-cifar_resnet8", 1),
+        ("chain", "assistants/1-cifar_resnet8", 2),
+        ("chain", "", 3),
+    ],
+)
+def test_stopped_in_a_part(run_script, signalled, teacher_run, tmp_path, case, part, step):
+    """Stopped in a part of a run, the same command goes on in that part."""
+    flags = (DISTILL, *FEW, *CASES[case], *NEW, "--output", ".", "--teacher", "cifar_resnet8",
+             "--teacher-checkpoint", teacher_run, "--no-baseline")  # fmt: skip
+    flags += ("--init-epochs", 2) if case == "two stages" else ()
+    assert run_script(*flags, "--experiment", "whole")[0] == 0
+    signalled(signal.SIGTERM, step=step)
+    flags += ("--experiment", "cut")
+    code, _, err = run_script(*flags)
+    signalled.off()
+    assert code == 143, err
+    assert str(Path("cut") / part / "checkpoints") in err and len(err.splitlines()) == 1
+    for folder in {"cut", f"cut/{part}"}:
+        assert "stopped by" in (tmp_path / folder / "train.log").read_text().splitlines()[-1]
+    code, _, err = run_script(*flags, "--resume", "auto")
+    assert code == 0, err
+    assert records_of(tmp_path / "whole") == records_of(tmp_path / "cut")
 
 
 def test_stopped_before_the_first_step(run_script, monkeypatch):

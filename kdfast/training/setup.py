@@ -68,7 +68,8 @@ def start(options: argparse.Namespace) -> Accelerator:
             ops.use(options.ops)
         except RuntimeError as error:
             raise UserError(str(error)) from None
-    # Cross-entropy is in the graph at any gamma, so every parameter of a student is used.
+    # Cross-entropy is in the graph at any gamma, so every parameter of a student is used; in a
+    # first stage, which has none, those without a gradient do not ask for one.
     # On a CPU, looking for unused ones keeps DDP from regrouping gradients after the first step: a
     # resumed run of three or more processes would add them in another order.
     # Buffers need no broadcast in every step: running statistics are the main process's at the end
