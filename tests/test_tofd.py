@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.nn import functional as F
 
@@ -390,3 +391,38 @@ def test_a_compiled_step_serves_all_epochs():
             assert step(ours, theirs, labels).item() == method(ours, theirs, labels).item()
     assert len(compiled) == 1
     torch.compiler.reset()
+
+
+def test_command_line(run_script, tmp_path):
+    few = ("--train-limit", 64, "--eval-limit", 64, "--epochs", 1, "--output", ".")
+    own = ("--teacher", "cifar_resnet8", "--experiment")
+    code, _, err = run_script("train/heads.py", *few, "--kind", "deep", *own, "heads")
+    assert code == 0, err
+    before = {path.name: path.read_bytes() for path in (tmp_path / "heads").rglob("*.safetensors")}
+    code, out, err = run_script(
+        "train/distill.py", *few, "--method", "tofd", "--heads", "heads", "--no-baseline",
+        "--student", "cifar_resnet14", *own, "run", "--tofd-growth", 5,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "1 * ce + 1 * tofd" in out
+    assert "tofd: layer1 -> layer1, layer2 -> layer2, layer3 -> layer3, fc:in -> fc:in" in out
+    assert "parameters of student heads 5,642 + 4,490, of links 4,096 + 4,096 + 4,096" in out
+    saved = load_file(tmp_path / "run" / "last.safetensors")
+    assert saved.keys() == create_model("cifar_resnet14", 10).state_dict().keys()
+    after = {path.name: path.read_bytes() for path in (tmp_path / "heads").rglob("*.safetensors")}
+    assert after == before and len(before) >= 3, "teacher and heads stay as they are"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--tofd-growth -1", ["tofd growth must be 0 or more"]),
+        ("--tofd-feature nan", ["tofd feature", "nan"]),
+        ("--tofd-orthogonal -0.1", ["tofd orthogonal must be 0 or more"]),
+        ("--teacher-checkpoint RUN", ["tofd", "train/heads.py --kind deep", "--heads"]),
+    ],
+)
+def test_what_is_refused(refused, teacher_run, flags, words):
+    flags = (teacher_run if flag == "RUN" else flag for flag in flags.split())
+    refused(2, "train/distill.py", "--method", "tofd", "--teacher", "cifar_resnet8", *flags,
+            "--train-limit", 64, "--eval-limit", 64, "--epochs", 1, words=words)  # fmt: skip

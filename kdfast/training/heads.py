@@ -31,6 +31,7 @@ from kdfast.training.evaluate import evaluate, evaluate_all
 from kdfast.training.journal import say
 from kdfast.training.keeper import SCORES, StudentKeeper
 from kdfast.training.loop import Trainer
+from kdfast.training.objective import Trained
 from kdfast.training.run_folder import RunFolder, on_main
 from kdfast.training.setup import Inputs, arguments_of, make_loaders, metadata, preparer, try_out
 from kdfast.training.teacher import Teacher
@@ -124,22 +125,16 @@ class HeadedNetwork(nn.Module):
         return [*(head(f)[1] for head, f in zip(self.heads, features, strict=True)), logits]
 
 
-class HeadsObjective(nn.Module):
+class HeadsObjective(Trained):
     """Sum of the cross-entropies of all classifiers of `student`, a term each.
 
-    `student` is a `TrunkHeads` or a `HeadedNetwork`. The interface is that of `Objective`.
+    `student` is a `TrunkHeads` or a `HeadedNetwork`.
     """
 
     def __init__(self, student: nn.Module, term_names: list[str], label_smoothing: float = 0.0):
         super().__init__()
         self.student, self.term_names = student, term_names
         self.label_smoothing = label_smoothing
-
-    def start_epoch(self, epoch: int) -> None:
-        """Nothing of this objective depends on the epoch."""
-
-    def after_step(self) -> None:
-        """Nothing follows a step."""
 
     def forward(
         self,

@@ -29,7 +29,7 @@ from kdfast.training import checkpoint, journal
 from kdfast.training.checkpoint import Position
 from kdfast.training.interrupt import Interrupt
 from kdfast.training.keeper import Keeper
-from kdfast.training.objective import Objective
+from kdfast.training.objective import Trained
 from kdfast.training.profile import Profile
 from kdfast.training.run_folder import RunFolder, on_main
 from kdfast.training.schedules import Schedule
@@ -75,7 +75,7 @@ class Trainer:
     def __init__(
         self,
         accelerator: Accelerator,
-        objective: Objective,
+        objective: Trained,
         train: Loader,
         held_out: Loader,
         prepare: Callable[[torch.Tensor], torch.Tensor],

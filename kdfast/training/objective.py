@@ -253,7 +253,28 @@ def _require_maps(method: Method, whose: str, layers: Sequence[str], shapes: Seq
             )
 
 
-class Objective(nn.Module):
+class Trained(nn.Module):
+    """What the loop trains: `student`, a loss with terms `term_names`, and all that has weights.
+
+    `forward` takes images, labels, what a teacher answers, and `indices`; it returns the total, the
+    terms without gradient, and logits.
+    """
+
+    student: nn.Module
+    term_names: list[str]
+
+    def start_epoch(self, epoch: int) -> None:
+        """Called before every 0-based epoch, and before what is left of one that is resumed."""
+
+    def after_step(self) -> None:
+        """Called after every optimizer step, on all processes."""
+
+    def gauges(self) -> dict[str, float]:
+        """Numbers of the epoch at hand for the summary, by column."""
+        return {}
+
+
+class Objective(Trained):
     """Student and methods as one module, so that one wrapper (DDP, compile) holds all that trains.
 
     `forward(images, labels, teacher_logits, teacher_features, teacher_heads, indices)` returns the
