@@ -129,12 +129,13 @@ def test_words_that_yaml_reads_as_truth(value, word):
 
 def test_stages_count_from_either_end():
     pairs = [("a", "x"), ("b", "y"), ("c", "z")]
+    stages = list("abc"), list("xyz")
     for stage, pair in ((1, 0), (2, 1), (3, 2), (-1, 2), (-3, 0)):
-        assert find_method("fitnet")(stage=stage).select(pairs) == [pairs[pair]]
-    assert find_method("fitnet")().select(pairs) == [pairs[1]], "the second stage"
+        assert find_method("fitnet")(stage=stage).pair(*stages) == [pairs[pair]]
+    assert find_method("fitnet")().pair(*stages) == [pairs[1]], "the second stage"
     for stage in (4, -4):
         with pytest.raises(UsageError, match=f"fitnet stage {stage}: .* 3 stages.*-1 for the last"):
-            find_method("fitnet")(stage=stage).select(pairs)
+            find_method("fitnet")(stage=stage).pair(*stages)
     with pytest.raises(UsageError, match="counts from 1"):
         find_method("fitnet")(stage=0)
     with pytest.raises(UsageError, match="whole number"):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kdfast.errors import UsageError, unknown
+from kdfast.models.stages import pair_stages
 
 
 @dataclass(frozen=True)
@@ -164,12 +165,12 @@ class Method(nn.Module):
         """
         return "none"
 
-    def select(self, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Which of the (teacher layer, student layer) pairs the method compares; all by default.
+    def pair(self, teacher: list[str], student: list[str]) -> list[tuple[str, str]]:
+        """The (teacher stage, student stage) pairs that the method compares, of all stages.
 
         Not asked where the user named the layers.
         """
-        return pairs
+        return pair_stages(teacher, student)
 
     def setup(self, pairing: Pairing) -> None:
         """Check that the method applies to this pair and create what it trains.

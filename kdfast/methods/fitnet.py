@@ -44,7 +44,8 @@ class Hints(Method):
     def taps(self) -> str:
         return "stages"
 
-    def select(self, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    def pair(self, teacher: list[str], student: list[str]) -> list[tuple[str, str]]:
+        pairs = super().pair(teacher, student)
         if abs(self.stage) > len(pairs):
             raise UsageError(
                 f"fitnet stage {self.stage}: student and teacher have {len(pairs)} stages to pair; "

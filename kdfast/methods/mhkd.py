@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from kdfast import ops
 from kdfast.errors import UsageError
 from kdfast.methods.base import Method, Option, Outputs, Pairing, method
-from kdfast.models import ConvHead
+from kdfast.models import ConvHead, pair_stages
 
 
 @method("mhkd")
@@ -46,8 +46,8 @@ class MultiHead(Method):
     def taps(self) -> str:
         return "stages"
 
-    def select(self, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        return pairs[: self.stages]
+    def pair(self, teacher: list[str], student: list[str]) -> list[tuple[str, str]]:
+        return pair_stages(teacher, student, shallow=True)[: self.stages]
 
     def setup(self, pairing: Pairing) -> None:
         self.smoothing = pairing.label_smoothing

@@ -60,13 +60,16 @@ def _named_like_stem(name: str) -> bool:
     return len(parts) <= 2 and any(_STEM.match(part) for part in parts)
 
 
-def pair_stages(teacher_layers: list[str], student_layers: list[str]) -> list[tuple[str, str]]:
+def pair_stages(
+    teacher_layers: list[str], student_layers: list[str], *, shallow: bool = False
+) -> list[tuple[str, str]]:
     """(teacher layer, student layer) pairs, shallow to deep; both lists are shallow to deep.
 
     Lists of one length pair in order. Otherwise the shorter list sets the number of pairs, and of
     the longer one are taken: its deepest layers if it has up to six (a pyramid of resolutions:
-    four stages against three drop the shallowest), else layers at even distances ending at the
-    last (a stack of like blocks: of a ViT's twelve against four stages, the 3rd, 6th, 9th, 12th).
+    four stages against three drop the shallowest; with `shallow` its first ones, so that stage i
+    meets stage i), else layers at even distances ending at the last (a stack of like blocks: of a
+    ViT's twelve against four stages, the 3rd, 6th, 9th, 12th).
 
     Raises:
         UsageError: an empty list.
@@ -74,10 +77,11 @@ def pair_stages(teacher_layers: list[str], student_layers: list[str]) -> list[tu
     if not teacher_layers or not student_layers:
         raise UsageError("both models need at least one layer to compare")
     count = min(len(teacher_layers), len(student_layers))
-    return list(zip(_spread(teacher_layers, count), _spread(student_layers, count), strict=True))
+    lists = (_spread(layers, count, shallow) for layers in (teacher_layers, student_layers))
+    return list(zip(*lists, strict=True))
 
 
-def _spread(layers: list[str], count: int) -> list[str]:
+def _spread(layers: list[str], count: int, shallow: bool) -> list[str]:
     if len(layers) <= _MOST_STAGES:
-        return list(layers[-count:])
+        return list(layers[:count] if shallow else layers[-count:])
     return [layers[(i + 1) * len(layers) // count - 1] for i in range(count)]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kdfast.errors import UsageError, unknown
 from kdfast.methods import Method, Option, Outputs, Pairing, expand, find_method
-from kdfast.models import Taps, default_stages, pair_stages, penultimate
+from kdfast.models import Taps, default_stages, penultimate
 from kdfast.seeding import derive_seed, local_randomness
 from kdfast.training.staging import choose_init, read_init
 
@@ -237,11 +237,11 @@ def _pairs(
     if mounted:
         # A head takes the place of its layer: the networks' last stages remain partners.
         theirs = mounted if theirs[-1] in mounted else [*mounted, theirs[-1]]
-    pairs = pair_stages(theirs, default_stages(student))
+    pairs = method.pair(theirs, default_stages(student))
     if taps == "stem+stages":
         stems = default_stages(teacher, stem=True)[0], default_stages(student, stem=True)[0]
         pairs = [*([stems] if stems != pairs[0] else []), *pairs]
-    return [*method.select(pairs), *last]
+    return [*pairs, *last]
 
 
 def _require_maps(method: Method, whose: str, layers: Sequence[str], shapes: Sequence) -> None:
