@@ -37,11 +37,6 @@ class IntermediateClassifiers(Method):
 
     def setup(self, pairing: Pairing) -> None:
         self.smoothing = pairing.label_smoothing
-        if pairing.label_smoothing:
-            raise UsageError(
-                "method dih has a cross-entropy of its own, without label smoothing; drop "
-                "--smoothing"
-            )
         members = 1 + len(pairing.head_layers)
         if self.alphas and len(self.alphas) != members:
             raise UsageError(
