@@ -107,6 +107,17 @@ def test_it_is_the_fused_op(cohort):
     assert got == ops.cohort_loss(student, members, labels, 0.4, 2.0)
 
 
+def test_label_smoothing(cohort):
+    """It acts on the term's own cross-entropy, as beside other methods."""
+    student, teacher, heads, labels = cohort
+    method = find_method("dih")()
+    method.setup(Pairing((), (), (), (), 7, head_layers=("a", "b", "c"), label_smoothing=0.2))
+    answers = tuple((logits, logits) for logits in heads)
+    smoothed = method(Outputs(student), Outputs(teacher, heads=answers), labels)
+    sharp, soft = (F.cross_entropy(student, labels, label_smoothing=s) for s in (0.0, 0.2))
+    assert torch.allclose(smoothed - term(*cohort), 4 * 0.9 * (soft - sharp))
+
+
 # Options.
 
 
@@ -229,7 +240,6 @@ def test_trains_and_reuses_heads_on_digits(run_script, teacher_run, tmp_path):
         ("--method dih --dataset fashion-mnist", ["train/heads.py --kind linear", "fashion-mnist"]),
         ("--method dih --dih-alphas 0.1 0.2", ["--dih-alphas", "2 weights for 4 members"]),
         ("--method dih --alpha 2", ["alpha 2", "negative"]),
-        ("--method dih --smoothing 0.1", ["--smoothing", "dih"]),
         ("--method at --dih-alphas 0.1", ["--dih-alphas", "dih is not used"]),
         ("--method dih --dih-reduction max", ["--dih-reduction", "sum", "mean"]),
     ],

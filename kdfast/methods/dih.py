@@ -1,6 +1,7 @@
 """Distilling knowledge via intermediate classifiers."""
 
 import torch
+from torch.nn import functional as F
 
 from kdfast import ops
 from kdfast.errors import UsageError
@@ -32,12 +33,10 @@ class IntermediateClassifiers(Method):
         "p = softmax(z / T)"
     )
 
+    smoothing = 0.0
+
     def setup(self, pairing: Pairing) -> None:
-        if pairing.label_smoothing:
-            raise UsageError(
-                "method dih has a cross-entropy of its own, without label smoothing; drop "
-                "--smoothing"
-            )
+        self.smoothing = pairing.label_smoothing
         members = 1 + len(pairing.head_layers)
         if self.alphas and len(self.alphas) != members:
             raise UsageError(
@@ -57,6 +56,10 @@ class IntermediateClassifiers(Method):
         members = [teacher.logits, *(logits for _, logits in teacher.heads)]
         cohort = torch.stack([logits.to(teacher.logits.dtype) for logits in members])
         weights = self.alphas or self.alpha
+        if self.smoothing:
+            share = self.smoothing / student.logits.shape[1]
+            hot = F.one_hot(labels, student.logits.shape[1]).to(student.logits.dtype)
+            labels = (1 - self.smoothing) * hot + share
         return ops.cohort_loss(
             student.logits, cohort, labels, weights, self.temperature, self.reduction
         )

@@ -124,11 +124,6 @@ def settle_heads(options: argparse.Namespace, choice: Choice) -> None:
             )
         return
     ((kind, name),) = kinds.items()
-    if options.smoothing and choice.gamma == 0 and find_method(name).gamma == 0:
-        raise UsageError(
-            f"--smoothing acts on cross-entropy beside the methods; {name} has its own: drop it, "
-            "or give --gamma"
-        )
     if options.heads:
         if kind == "deep" and not has_teacher(options):
             options.teacher_checkpoint = options.heads
