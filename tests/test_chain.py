@@ -103,12 +103,27 @@ def test_an_assistant_equal_to_the_teacher_changes_nothing(run_script, teacher_r
 
 def test_a_finished_chain_stays(run_script, chain, teacher_run):
     before = {path: path.read_bytes() for path in chain.glob("assistants/*/*.safetensors")}
+    assert len(before) == 2 * len(list(chain.glob("assistants/*")))
     log = (chain / "assistants/1-cifar_resnet8/train.log").read_bytes()
     flags = (*MINE, "--teacher-checkpoint", teacher_run, "--resume", "auto", "--epochs", 2)
     assert run_script(DISTILL, *flags)[0] == 0
     assert before == {path: path.read_bytes() for path in before}
     assert log == (chain / "assistants/1-cifar_resnet8/train.log").read_bytes()
     assert json.loads((chain / "results.json").read_text())["last"]["epoch"] == 2
+
+
+def test_a_damaged_link(refused, chain, teacher_run):
+    results = chain / "assistants/1-cifar_resnet8/results.json"
+    flags = (*MINE, "--teacher-checkpoint", teacher_run, "--resume", "auto", "--epochs", 2)
+    for text in ("{", "{}", '{"last": {"top1": 1, "epoch": 1}, "best": {"top1": 1, "epoch": 1}}'):
+        results.write_text(text)
+        refused(1, DISTILL, *flags, words=["link 1", "results.json is damaged", "put it back"])
+
+
+def test_arguments_of_the_student_are_not_those_of_another_network(run_script, teacher_run):
+    flags = (*FEW, "--teacher-checkpoint", teacher_run, "--model-kwargs", "init=xavier")
+    code, _, err = run_script(DISTILL, *flags, "--assistants", "cifar_wrn16_1")
+    assert code == 0, err
 
 
 FIRST, SECOND = "assistants/1-cifar_resnet8", "assistants/2-cifar_resnet14"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import load_script
+from safetensors.torch import load_file
 from test_bad_input import DISTILL, HEADS
 from test_methods import choice_of, objective_on
 from torch.nn import functional as F
@@ -17,6 +20,7 @@ from torch.nn import functional as F
 from kdfast import ops
 from kdfast.errors import UsageError
 from kdfast.methods import Outputs, Pairing, find_method
+from kdfast.models import create_model
 
 LOG3 = math.log(3)
 FEW = ("--train-limit", 64, "--eval-limit", 64, "--epochs", 1)
@@ -186,9 +190,31 @@ def test_distils_from_heads(run_script, dih, linear_run, tmp_path):
     assert "linear heads on layer1, layer2, layer3" in out and "0 * ce + 1 * dih" in out
     options = yaml.safe_load((tmp_path / "run/args.yaml").read_text())["options"]
     assert len(options["heads-checksum"]) == 64 and options["heads"] == str(linear_run)
-    assert [p.name for p in (tmp_path / "run").glob("*.safetensors")]
-    objective = (tmp_path / "run/checkpoints/epoch-0001/state.json").read_text()
-    assert "heads" not in json.loads(objective)["history"], "they are the teacher's, not the run's"
+    saved = load_file(tmp_path / "run/checkpoints/epoch-0001/objective.safetensors")
+    student = {f"student.model.{name}" for name in create_model("cifar_resnet8", 10).state_dict()}
+    assert saved.keys() == student, "the heads are the teacher's, not the run's"
+
+
+def test_seeds_are_one_row_of_a_report_and_heads_none(run_script, dih, linear_run, tmp_path):
+    """Every seed may have heads of its own; a frozen teacher's heads are no network to compare."""
+    for seed in (0, 1):
+        assert run_script(*dih, "--seed", seed, "--experiment", f"run{seed}")[0] == 0
+        at = dih.index("--heads")
+        plain = [*dih[:at], *dih[at + 2 :], "--method", "none"]
+        assert run_script(*plain, "--seed", seed, "--experiment", f"alone{seed}")[0] == 0
+    # What other heads would have left.
+    record = tmp_path / "run1/args.yaml"
+    content = yaml.safe_load(record.read_text())
+    content["options"]["heads-checksum"] = "0" * 64
+    record.write_text(yaml.safe_dump(content))
+    shutil.copytree(linear_run, tmp_path / "heads")
+    assert run_script("analysis/report.py", tmp_path, "--output", tmp_path / "report")[0] == 0
+    with (tmp_path / "report/report.csv").open() as file:
+        none, found = csv.DictReader(file)
+    assert (none["method"], none["seeds"]) == ("none", "0 1")
+    assert (found["method"], found["seeds"], found["gain_kind"]) == ("dih", "0 1", "paired")
+    code, _, err = run_script("analysis/report.py", tmp_path / "heads")
+    assert code == 1 and "holds heads of a frozen teacher" in err
 
 
 def test_the_loss_is_the_summed_one(run_script, dih, monkeypatch):

@@ -15,6 +15,7 @@ from test_methods import choice_of, options_of
 from test_resume import ROOT, TORCHRUN, command, finish
 from torch import nn
 
+from kdfast.analysis.runs import read_runs
 from kdfast.methods import find_method
 from kdfast.models import Taps, checksum, create_model, read_weights
 from kdfast.seeding import derive_seed
@@ -211,8 +212,8 @@ class Hint(Method):
     def taps(self):
         return "stages"
 
-    def select(self, pairs):
-        return pairs[1:2]
+    def pair(self, teacher, student):
+        return super().pair(teacher, student)[1:2]
 
     def setup(self, pairing):
         self.regressor = nn.Conv2d(pairing.student_shapes[0][1], pairing.teacher_shapes[0][1], 1)
@@ -318,6 +319,13 @@ def test_a_finished_first_stage_stays(run_script, finished, teacher_run):
     assert run_script(DISTILL, *flags, "--epochs", 2)[0] == 0
     assert (finished / "first-stage/train.log").read_bytes() == before
     assert len(rows(finished)) == 2
+
+
+def test_a_report_counts_a_run_in_its_first_stage(finished):
+    for name in ("summary.csv", "results.json"):
+        (finished / name).unlink()
+    runs, (unfinished,) = read_runs([finished])
+    assert not runs and (unfinished.path, unfinished.done, unfinished.epochs) == (finished, 0, 1)
 
 
 @pytest.mark.parametrize(

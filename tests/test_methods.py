@@ -31,17 +31,12 @@ from kdfast.models import (
     create_model,
     default_stages,
 )
-from kdfast.training.flags import (
-    data_flags,
-    distill_flags,
-    model_flags,
-    run_flags,
-    training_flags,
-)
+from kdfast.training.flags import data_flags, model_flags, run_flags, training_flags
 from kdfast.training.objective import Objective, choose_methods, plan_taps
 from kdfast.training.options import parse
 from kdfast.training.parser import Parser
 from kdfast.training.teacher import Teacher
+from kdfast.training.transfer_flags import distill_flags
 
 LOG3 = math.log(3)
 
@@ -292,12 +287,13 @@ def test_preset_self_reproduces_its_combination_rules():
     [
         (["--method", "kdd"], "unknown method 'kdd'; did you mean kd"),
         (["--method", "kd", "--beta", "3"], "no method with a beta"),
-        (["--method", "at", "--alpha", "3"], "kd, which is not used"),
+        (["--method", "at", "--alpha", "3"], "--alpha is of kd, dih, mhkd; none of them is used"),
         (
             ["--method", "at", "fsp", "--beta", "3", "--recipe", "self"],
             "does not say of which method",
         ),
         (["--method", "at", "--beta", "fsp=3"], "fsp is not used"),
+        (["--method", "tofd", "mhkd"], "different gammas .tofd 1, mhkd 0.; give --gamma"),
         (["--method", "at", "--beta", "at=x"], "at=x must be a number, got 'x'"),
         (["--method", "kd", "--alpha", "1.5"], "makes gamma negative; give --gamma"),
         (["--method", "kd", "--temperature", "0"], "temperature must be above 0"),

@@ -13,8 +13,8 @@ import yaml
 
 from kdfast.data import dataset_names
 from kdfast.methods.base import _METHODS
-from kdfast.training.flags import generation_flags
 from kdfast.training.parser import Parser
+from kdfast.training.transfer_flags import generation_flags
 
 from conftest import ROOT  # isort: skip
 from test_methods import full_parser  # isort: skip

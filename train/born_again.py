@@ -28,13 +28,7 @@ import sys
 from collections.abc import Sequence
 
 from kdfast.data import ImageData
-from kdfast.training.flags import (
-    data_flags,
-    generation_flags,
-    model_flags,
-    run_flags,
-    training_flags,
-)
+from kdfast.training.flags import data_flags, model_flags, run_flags, training_flags
 from kdfast.training.generations import check_chain_flags, choose_loss, train_chain
 from kdfast.training.options import parse
 from kdfast.training.parser import Parser
@@ -42,6 +36,7 @@ from kdfast.training.run_folder import RunFolder, choose_run
 from kdfast.training.script import script
 from kdfast.training.seeds import for_each_seed
 from kdfast.training.setup import load_data, print_config, start
+from kdfast.training.transfer_flags import generation_flags
 
 
 @script

@@ -23,15 +23,10 @@ import sys
 from collections.abc import Sequence
 
 from kdfast.data import ImageData
+from kdfast.methods import find_method
 from kdfast.training.chain import Assistant, choose_assistants, distill_through
 from kdfast.training.classifier import score
-from kdfast.training.flags import (
-    data_flags,
-    distill_flags,
-    model_flags,
-    run_flags,
-    training_flags,
-)
+from kdfast.training.flags import data_flags, model_flags, run_flags, training_flags
 from kdfast.training.journal import say
 from kdfast.training.objective import Choice, choose_methods
 from kdfast.training.options import parse
@@ -41,6 +36,7 @@ from kdfast.training.script import script
 from kdfast.training.seeds import for_each_seed
 from kdfast.training.setup import load_data, print_config, start
 from kdfast.training.teaching import require_teacher, settle_heads
+from kdfast.training.transfer_flags import distill_flags
 
 
 @script
@@ -54,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
     run_flags(parser)
     options = parse(parser, argv)
     choice = choose_methods(options)
+    for name, chosen in choice.methods.items():
+        find_method(name)(**chosen)  # refuses impossible options before anything is loaded
     assistants = choose_assistants(options, choice)
     if options.print_config:
         print_config(options, **choice.as_yaml())

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from kdfast.data import ImageData
 from kdfast.errors import UsageError
 from kdfast.models import load_weights
-from kdfast.training.flags import data_flags, head_flags, run_flags, teacher_flags, training_flags
+from kdfast.training.flags import data_flags, run_flags, training_flags
 from kdfast.training.heads import build_heads, train_deep, train_linear
 from kdfast.training.journal import say
 from kdfast.training.options import parse
@@ -35,6 +35,7 @@ from kdfast.training.script import script
 from kdfast.training.seeds import for_each_seed
 from kdfast.training.setup import build_model, choose_inputs, load_data, print_config, start
 from kdfast.training.teaching import has_teacher, load_teacher, require_teacher, train_teacher
+from kdfast.training.transfer_flags import head_flags, teacher_flags
 
 
 @script

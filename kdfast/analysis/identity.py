@@ -9,13 +9,15 @@ from kdfast.analysis.runs import Run
 from kdfast.training.layout import FREE
 
 # What a resumed run may change, its length apart. Every seed may have a teacher of its own.
-_INCIDENTAL = FREE - {"epochs"} | {"seed", "teacher-checksum", "method", "methods"}
+_INCIDENTAL = FREE - {"epochs"} | {
+    "seed", "teacher-checksum", "heads-checksum", "method", "methods",
+}  # fmt: skip
 # What a network trained on labels alone does not depend on.
 _DISTILLING = {
     "teacher", "teacher-pretrained", "teacher-kwargs", "teacher-bn", "method", "methods", "alpha",
     "beta", "gamma", "student-layers", "teacher-layers", "teacher-checksum", "assistants",
     "assistant-epochs", "init-epochs", "init-lr", "init-decay-milestones", "init-opt",
-    "init-weight-decay", "init-momentum", "generation",
+    "init-weight-decay", "init-momentum", "generation", "assistant",
 }  # fmt: skip
 
 

@@ -118,16 +118,28 @@ def _is_chain(path: Path) -> bool:
     """Whether `path` records runs that depend on one another: it has options, no rows, and runs."""
     if not (path / "args.yaml").is_file() or (path / "summary.csv").exists():
         return False
-    return any(inner.parent.name != "baseline" for inner in path.glob("*/args.yaml"))
+    parts = _INNER | {"baseline"}  # of a run that has not come to its rows yet
+    return any(inner.parent.name not in parts for inner in path.glob("*/args.yaml"))
 
 
 def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Unfinished]]:
-    """All runs at and below `paths`; raises `UserError` as `find_runs` and `read_run` do."""
-    read = [read_run(path) for path in find_runs(paths)]
+    """All runs of networks at and below `paths`; those of a frozen teacher's heads are passed over.
+
+    Raises `UserError` as `find_runs` and `read_run` do, and where only heads are left.
+    """
+    folders = find_runs(paths)
+    networks = [path for path in folders if not _holds_heads(path)]
+    if not networks:
+        raise UserError(f"{folders[0]} holds heads of a frozen teacher; give runs of networks")
+    read = [read_run(path) for path in networks]
     return (
         [run for run in read if isinstance(run, Run)],
         [run for run in read if isinstance(run, Unfinished)],
     )
+
+
+def _holds_heads(path: Path) -> bool:
+    return read_arguments(path / "args.yaml")[0].get("kind") == "linear"
 
 
 def read_run(path: Path) -> Run | Unfinished:

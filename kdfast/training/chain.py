@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from kdfast.data import ImageData
 from kdfast.errors import Stopped, UsageError, UserError
 from kdfast.methods import find_method
+from kdfast.models import resolve_name
 from kdfast.training.distillation import assemble, distill, prepare_teacher, score_teacher
 from kdfast.training.objective import Choice
 from kdfast.training.run_folder import RunFolder, on_main
@@ -63,6 +64,8 @@ def choose_assistants(options: argparse.Namespace, choice: Choice) -> list[Assis
                 f"{found[-1]} is given trained, so {found[-2].name} before it would teach nobody; "
                 "drop it, or give its weights as well"
             )
+    if not choice.methods:
+        raise UsageError("--assistants need a --method by which they learn")
     for name in choice.methods:
         if find_method(name).heads:
             raise UsageError(
@@ -148,6 +151,8 @@ def _links(
             own.model, own.assistant = assistants[number].name, assistants[number].number
             own.epochs = options.assistant_epochs or options.epochs
             own.pretrained, own.initial_checkpoint = False, None
+            if resolve_name(own.model) != resolve_name(options.model):
+                own.model_kwargs = {}  # the student's
             own.baseline, own.save_epochs, own.profile = False, [], None
         links.append(own)
     return links

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from kdfast.data import ImageData, Loader
@@ -132,6 +132,8 @@ def assemble(
             epochs=options.epochs,
             seed=options.seed,
         )
+        if options.sync_bn:  # of the methods; the student's is there already
+            objective.methods = convert_sync_batchnorm(objective.methods)
         objective.to(accelerator.device)
         create_optimizer(objective, options)
         return Stage(options, choice, plan, objective, teacher)
@@ -217,7 +219,7 @@ def distill(
         more["teacher_top1"] = more["chain"][0 if recorded else -1]["top1"]
     with run.claimed(accelerator, arguments, resume=resume):
         if keep and on_main(accelerator, run.results.exists):
-            return on_main(accelerator, lambda: json.loads(run.results.read_text()))
+            return on_main(accelerator, lambda: run.read_results("chain"))
         if chain is not None or made.first is not None:
             on_main(accelerator, lambda: run.begin(arguments))
         say_chain(more.get("chain", ()))

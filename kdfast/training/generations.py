@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from kdfast.methods import find_method
 from kdfast.models import checksum, read_weights
 from kdfast.training.classifier import train_classifier
 from kdfast.training.distillation import describe_loss, distill
-from kdfast.training.flags import distill_flags
 from kdfast.training.journal import say
 from kdfast.training.layout import FREE
 from kdfast.training.objective import Choice, choose_methods
@@ -26,6 +24,7 @@ from kdfast.training.parser import Parser
 from kdfast.training.run_folder import RunFolder, on_main
 from kdfast.training.setup import arguments_of, build_model, choose_inputs
 from kdfast.training.teaching import load_teacher
+from kdfast.training.transfer_flags import distill_flags
 
 METHOD = "born_again"
 SEED_STEP = 10
@@ -242,7 +241,7 @@ def _train(
         if parent is not None:
             arguments["teacher-checksum"] = parent
         with link.claimed(accelerator, arguments, resume=True):
-            results = on_main(accelerator, lambda: _read_results(link))
+            results = on_main(accelerator, link.read_results)
         say(f"{said}: finished before, {link.path}")
         return results
     if parent is not None:
@@ -253,17 +252,6 @@ def _train(
     inputs = choose_inputs(options, data, model)
     resume = options.resume is not None
     return train_classifier(options, accelerator, data, model, inputs, link, resume=resume)
-
-
-def _read_results(link: Link) -> dict[str, Any]:
-    try:
-        results = json.loads(link.results.read_text())
-        tops = [results[kind]["top1"] + results[kind]["epoch"] for kind in ("last", "best")]
-    except (UnicodeDecodeError, ValueError, LookupError, TypeError):
-        tops = None
-    if tops is None:
-        raise UserError(f"{link.results} is damaged; put it back as it was")
-    return results
 
 
 def _identify(weights: Path) -> tuple[str, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ def build_heads(
             "--kind deep needs at least two layers: heads go on all but the last, which the "
             "network's own classifier follows"
         )
+    if deep and any(one[1:] < later[1:] for one, later in pairwise(shapes)):
+        raise UsageError(f"--teacher-layers go from shallow to deep, got {' '.join(layers)}")
     mounted = layers[:-1] if deep else layers
     modules, records = [], []
     for i, (layer, shape) in enumerate(zip(mounted, shapes, strict=False)):

@@ -12,7 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdfast.errors import UsageError, unknown
-from kdfast.methods import Method, Option, Outputs, Pairing, expand, find_method
+from kdfast.methods import (
+    Method,
+    Option,
+    Outputs,
+    Pairing,
+    expand,
+    find_method,
+    method_names,
+)
 from kdfast.models import Taps, default_stages, penultimate
 from kdfast.seeding import derive_seed, local_randomness
 from kdfast.training.staging import choose_init, read_init
@@ -112,8 +120,11 @@ def choose_methods(options: argparse.Namespace) -> Choice:
     if options.gamma is not None:
         gamma = options.gamma
     if gamma is None:
-        own = [cls.gamma for cls in map(find_method, main) if cls.gamma is not None]
-        gamma = own[0] if own else 1 - weights["kd"] if "kd" in names else 1.0
+        own = {name: cls.gamma for name in main if (cls := find_method(name)).gamma is not None}
+        if len(set(own.values())) > 1:
+            said = ", ".join(f"{name} {value:g}" for name, value in own.items())
+            raise UsageError(f"methods of different gammas ({said}); give --gamma")
+        gamma = next(iter(own.values())) if own else 1 - weights["kd"] if "kd" in names else 1.0
     if gamma < 0:
         raise UsageError(f"--alpha {weights['kd']} makes gamma negative; give --gamma")
     return Choice(chosen, weights, gamma, init)
@@ -158,7 +169,12 @@ def _apply_weight_flags(
             if option.flag == "--alpha"
         ]
         if "kd" not in weights and not takers:
-            raise UsageError("--alpha is the weight of kd, which is not used")
+            takers = [
+                name
+                for name in method_names()
+                if any(option.flag == "--alpha" for option in find_method(name).options().values())
+            ]
+            raise UsageError(f"--alpha is of {', '.join(['kd', *takers])}; none of them is used")
         if "kd" in weights:
             weights["kd"] = options.alpha
         for name, key in takers:

@@ -11,9 +11,9 @@ from kdfast.data import dataset_name
 from kdfast.errors import UsageError, unknown
 from kdfast.methods import expand
 from kdfast.models import resolve_name
-from kdfast.training.flags import every_key
 from kdfast.training.parser import Parser, merge
 from kdfast.training.schedules import OWN_SCHEDULES
+from kdfast.training.transfer_flags import every_key
 
 
 def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:

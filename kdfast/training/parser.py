@@ -170,6 +170,8 @@ def _holding(
 
 
 def _words(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return []  # refused where it is converted
     values = value if isinstance(value, list | tuple) else [value]
     return [str(item) for item in values if item is not None]
 

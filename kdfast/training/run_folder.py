@@ -263,6 +263,19 @@ class RunFolder:
                 os.truncate(self.summary, size)
             raise _not_written(self.summary, error) from None
 
+    def read_results(self, *keys: str) -> dict[str, Any]:
+        """What `write_results` wrote, `keys` in it; raises `UserError` when it is not whole."""
+        try:
+            results = json.loads(self.results.read_text())
+            for kind in ("last", "best"):
+                float(results[kind]["top1"] + results[kind]["epoch"])
+            whole = results.keys() >= set(keys)
+        except (OSError, UnicodeDecodeError, ValueError, LookupError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(f"{self.results} is damaged; put it back as it was")
+        return results
+
     def write_results(self, results: dict[str, Any]) -> None:
         write_atomic(self.results, json.dumps(results, indent=2) + "\n")
 

@@ -228,7 +228,12 @@ def weights_path(path: str | Path) -> Path:
         return path
     best = path / "best.safetensors"
     if not best.exists():
-        raise UserError(f"{path} has no best.safetensors; give a finished run folder or a file")
+        reason = "give a finished run folder or a file"
+        if (path / "heads").is_dir():
+            reason = "it holds heads, which are for --heads"
+        elif generations := sorted(path.glob("generation-*")):
+            reason = f"it is a chain of generations; give one, such as {generations[-1]}"
+        raise UserError(f"{path} has no best.safetensors; {reason}")
     return best
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from kdfast.errors import UsageError, unknown
 from kdfast.methods import find_method, method_names
-from kdfast.training.flags import first_stage_flags
 from kdfast.training.options import check_optimizer
 from kdfast.training.parser import Parser
+from kdfast.training.transfer_flags import first_stage_flags
 
 
 def read_init(where: str, content: Any) -> dict[str, Any]:
