@@ -117,7 +117,8 @@ def test_a_damaged_link(refused, chain, teacher_run):
     flags = (*MINE, "--teacher-checkpoint", teacher_run, "--resume", "auto", "--epochs", 2)
     for text in ("{", "{}", '{"last": {"top1": 1, "epoch": 1}, "best": {"top1": 1, "epoch": 1}}'):
         results.write_text(text)
-        refused(1, DISTILL, *flags, words=["link 1", "results.json is damaged", "put it back"])
+        words = ["link 1", "results.json is damaged", "put it back"]
+        refused(1, DISTILL, *flags, words=words, leaves=("output/mine/*",))
 
 
 def test_arguments_of_the_student_are_not_those_of_another_network(run_script, teacher_run):

@@ -151,8 +151,9 @@ def _links(
             own.model, own.assistant = assistants[number].name, assistants[number].number
             own.epochs = options.assistant_epochs or options.epochs
             own.pretrained, own.initial_checkpoint = False, None
-            if resolve_name(own.model) != resolve_name(options.model):
-                own.model_kwargs = {}  # the student's
+            with _named(assistants[number]):
+                same = resolve_name(own.model) == resolve_name(options.model)
+            own.model_kwargs = options.model_kwargs if same else {}
             own.baseline, own.save_epochs, own.profile = False, [], None
         links.append(own)
     return links
