@@ -428,12 +428,12 @@ def test_bad_options_are_one_line(refused, teacher_run, flag, value, words):
 
 
 def test_a_run_and_what_it_may_be_resumed_on(run_script, refused, teacher_run, tmp_path):
-    """16,384 negatives are more than there are images: said once. Other images are refused."""
+    """More negatives than images are said once. Other images are refused."""
     flags = (*FEW, "--teacher-checkpoint", teacher_run, "--experiment", "mine")
     code, out, err = run_script(DISTILL, *flags, "--method", "crd", "kd")
     assert code == 0, err
     assert out.count("with replacement") == 1 and "crd: fc:in -> fc:in\n" in out
-    assert "0.1 * ce + 0.8 * crd + 0.9 * kd" in out.replace("kd + 0.8 * crd", "crd + kd")
+    assert "0.1 * ce + 0.1 * crd + 0.9 * kd" in out, "the weights of recipe digits"
     run = tmp_path / "output" / "mine"
     with (run / "summary.csv").open() as file:
         row = next(csv.DictReader(file))

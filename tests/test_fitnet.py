@@ -203,7 +203,7 @@ def test_command_line(run_script, teacher_run):
              "--teacher", "cifar_resnet8", "--teacher-checkpoint", teacher_run)  # fmt: skip
     code, out, err = run_script(*flags)
     assert code == 0, err
-    assert "100 * fitnet" in out and "fitnet: layer2 -> layer2" in out
+    assert "1 * fitnet" in out and "fitnet: layer2 -> layer2" in out
     said = "fitnet: layer2 through 1x1 convolution, 32x16x16 -> 32x16x16, 1,120 parameters"
     assert said in out
     assert json.loads(out.splitlines()[-1])["last"]["loss"] > 0

@@ -255,7 +255,7 @@ def test_stopped_by_a_signal(run_script, signalled, tmp_path, number, code, when
 )
 def test_stopped_in_a_part(run_script, signalled, teacher_run, tmp_path, case, part, step):
     """Stopped in a part of a run, the same command goes on in that part."""
-    flags = (DISTILL, *FEW, *CASES[case], *NEW, "--output", ".", "--teacher", "cifar_resnet8",
+    flags = (DISTILL, *FEW, *CASES[case][1], *NEW, "--output", ".", "--teacher", "cifar_resnet8",
              "--teacher-checkpoint", teacher_run, "--no-baseline")  # fmt: skip
     flags += ("--init-epochs", 2) if case == "two stages" else ()
     assert run_script(*flags, "--experiment", "whole")[0] == 0

@@ -74,11 +74,6 @@ class TaskOriented(Method):
                     f"method tofd: the teacher has no head on layer {layer}; choose "
                     f"--teacher-layers among {', '.join(pairing.head_layers)}"
                 )
-        if not layers:
-            raise UsageError(
-                "method tofd: none of the layers has a head of the teacher; choose "
-                f"--teacher-layers among {', '.join(pairing.head_layers)}, and then the last stage"
-            )
         self.mounted = [pairing.head_layers.index(layer) for layer in layers]
         self.student_heads = nn.ModuleList(
             DeepHead(widths[i:], pairing.classes) for i in range(len(layers))

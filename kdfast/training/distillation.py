@@ -203,8 +203,8 @@ def distill(
     """
     resume = options.resume is not None
     made = assemble(options, choice, accelerator, data, seed_name=seed_name)
-    say(f"teacher {options.teacher} -> student {options.model} on {data.name}, into {run.path}")
     prepare_teacher(options, accelerator, data, made)
+    say(f"teacher {options.teacher} -> student {options.model} on {data.name}, into {run.path}")
     for stage in made.stages:
         say_plan(stage)
     taught = score_teacher(options, accelerator, made)
