@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import platform
 import statistics
 import time
@@ -116,6 +117,14 @@ def summary(times: list[float]) -> dict[str, float]:
         "p10": round(tenths[0], 4),
         "p90": round(tenths[-1], 4),
     }
+
+
+def write_results(path: Path | None, results: list[dict], text: str) -> None:
+    """Write `results` as JSON lines to `path`, and `text` beside them as Markdown."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(result) + "\n" for result in results))
+        path.with_suffix(".md").write_text(text)
 
 
 def markdown(rows: list[dict[str, object]]) -> str:

@@ -28,6 +28,7 @@ from common import (
     peak_bytes,
     side_by_side,
     summary,
+    write_results,
 )
 from rows import Row, all_rows
 
@@ -158,10 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     text += table(results) + "\n"
     print(f"\n{text}")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text("".join(json.dumps(result) + "\n" for result in results))
-        args.output.with_suffix(".md").write_text(text)
+    write_results(args.output, results, text)
     return 0
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import environment, markdown, side_by_side, summary
+from common import environment, markdown, side_by_side, summary, write_results
 from torch import nn
 
 from kdfast.methods import find_method
@@ -208,10 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     text = f"{where['device']}, torch {where['torch']}, batch {BATCH}, {SIZE[0]}x{SIZE[1]}\n\n"
     text += table(results) + "\n"
     print(f"\n{text}")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text("".join(json.dumps(result) + "\n" for result in results))
-        args.output.with_suffix(".md").write_text(text)
+    write_results(args.output, results, text)
     return 0
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from kdfast import ops
 from kdfast.errors import UsageError
 from kdfast.methods.base import Method, Option, Outputs, Pairing, method
-from kdfast.models import ConvHead, pair_stages
+from kdfast.models import ConvHead, pair_stages, parameter_count
 
 
 @method("mhkd")
@@ -58,7 +58,7 @@ class MultiHead(Method):
 
     def notes(self) -> list[str]:
         counts = (
-            " + ".join(f"{sum(p.numel() for p in head.parameters()):,}" for head in heads)
+            " + ".join(f"{parameter_count(head):,}" for head in heads)
             for heads in (self.teacher_heads, self.student_heads)
         )
         return ["parameters of teacher heads {}, of student heads {}".format(*counts)]

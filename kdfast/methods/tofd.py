@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kdfast.errors import UsageError
 from kdfast.methods.base import Method, Option, Outputs, Pairing, method
-from kdfast.models import DeepHead
+from kdfast.models import DeepHead, parameter_count
 
 
 @method("tofd")
@@ -88,7 +88,7 @@ class TaskOriented(Method):
 
     def notes(self) -> list[str]:
         heads, links = (
-            " + ".join(f"{sum(p.numel() for p in m.parameters()):,}" for m in modules) or "none"
+            " + ".join(f"{parameter_count(m):,}" for m in modules) or "none"
             for modules in (self.student_heads, self.links)
         )
         return [f"parameters of student heads {heads}, of links {links}"]

@@ -9,7 +9,7 @@ from kdfast.models.factory import (
     resolve_name,
 )
 from kdfast.models.head_files import MountedHeads, load_heads, save_head, shapes_of
-from kdfast.models.heads import ConvHead, DeepHead, LinearHead
+from kdfast.models.heads import ConvHead, DeepHead, LinearHead, parameter_count
 from kdfast.models.inputs import InputAdapter
 from kdfast.models.split import split_at
 from kdfast.models.stages import default_stages, pair_stages
@@ -35,6 +35,7 @@ __all__ = [
     "load_heads",
     "load_weights",
     "pair_stages",
+    "parameter_count",
     "penultimate",
     "read_weights",
     "resolve_name",

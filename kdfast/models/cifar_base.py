@@ -38,9 +38,6 @@ class CifarNetwork(nn.Module):
     def init_head(self, linear: nn.Linear) -> None:
         """The library's own draw, unless a network says otherwise."""
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.get_classifier()(x)

@@ -132,9 +132,6 @@ class _ShuffleNet(CifarNetwork):
             in_chs = chs
         self.add_head(self.add_last(in_chs), num_classes, global_pool, drop_rate)
 
-    def stage(self, in_chs: int, chs: int, depth: int) -> nn.Sequential:
-        raise NotImplementedError
-
     def add_last(self, chs: int) -> int:
         """Register what lies between the last stage and the pool; returns its channels."""
         return chs

@@ -14,6 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 
+def parameter_count(module: nn.Module) -> int:
+    """How many numbers `module` has as parameters, trained or not."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 class LinearHead(nn.Module):
     """One linear layer on the flattened feature map, in C, H, W order; d = C * H * W.
 

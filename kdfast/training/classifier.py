@@ -14,7 +14,7 @@ from torch import nn
 
 from kdfast.data import ImageData
 from kdfast.errors import UsageError
-from kdfast.models import Taps
+from kdfast.models import Taps, parameter_count
 from kdfast.training.evaluate import evaluate
 from kdfast.training.keeper import StudentKeeper
 from kdfast.training.loop import Trainer
@@ -124,7 +124,7 @@ def describe(
         "global_batch": global_batch,
         **scores,
         **more,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameter_count(model),
         "operations": count_operations(model, inputs.size),
     }
 

@@ -23,6 +23,7 @@ from kdfast.models import (
     Taps,
     checksum,
     default_stages,
+    parameter_count,
     save_head,
     shapes_of,
 )
@@ -89,19 +90,15 @@ def _pool(sides: Sequence[int] | None, shape: Sequence[int]) -> list[int] | None
     return None if wanted == list(shape[1:]) else wanted
 
 
-def parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def say_heads(heads: MountedHeads, records: Sequence[dict[str, Any]], network: nn.Module) -> None:
     """Say what each head takes and how many parameters it has."""
-    counts = [parameters(head) for head in heads.modules]
+    counts = [parameter_count(head) for head in heads.modules]
     for record, count in zip(records, counts, strict=True):
         shape = "x".join(map(str, record["shape"]))
         if record.get("pool"):
             shape += f" pooled to {'x'.join(map(str, record['pool']))}"
         say(f"head {record['index']} on {record['layer']}: {shape}, {count:,} parameters")
-    own = parameters(network)
+    own = parameter_count(network)
     say(f"heads: {sum(counts):,} parameters in all, the network has {own:,}")
     if sum(counts) > own and heads.kind == "linear":
         say("note: the heads have more parameters than the network; --head-pool makes them smaller")
@@ -356,7 +353,7 @@ def _fit(
         teacher=teacher, resume=resume,
     )  # fmt: skip
     scores = trainer.fit()
-    counts = [parameters(head) for head in heads.modules]
+    counts = [parameter_count(head) for head in heads.modules]
     scores["heads"] = [
         {"layer": layer, "parameters": count} | found
         for layer, count, found in zip(heads.layers, counts, scores["heads"], strict=True)

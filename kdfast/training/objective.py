@@ -72,9 +72,8 @@ def choose_methods(options: argparse.Namespace) -> Choice:
     """Resolve methods, options and weights: class defaults, recipe, config, then flags.
 
     In a file's `methods`, a key `at+kd` holds for exactly that combination and may give `alpha`,
-    `beta`, `gamma`; a single method's gamma holds in combinations too. `refuse` is the reason for
-    which a recipe cannot serve a method, `init` the settings of its first stage. Methods that have
-    one do not bear on the gamma of the main stage.
+    `beta`, `gamma`; a single method's gamma holds in combinations too. `init` are the settings of a
+    method's first stage; methods that have one do not bear on the gamma of the main stage.
     """
     names = list(dict.fromkeys(name for word in options.method or () for name in expand(word)))
     weights = {name: find_method(name).default_weight for name in names}
@@ -87,8 +86,6 @@ def choose_methods(options: argparse.Namespace) -> Choice:
         gammas = {}
         for name in names:
             entry = found.get(frozenset([name]), {})
-            if "refuse" in entry:
-                raise UsageError(entry["refuse"])
             own_gamma = entry.pop("gamma", None)
             if own_gamma is not None and name in main:
                 gammas[name] = own_gamma
@@ -144,7 +141,7 @@ def _checked(where: str, layer: dict) -> tuple[dict[frozenset, dict], dict[str, 
         options: dict[str, Option] = {"gamma": _WEIGHT}
         options |= {cls.weight_flag: _WEIGHT for cls in classes}
         if len(classes) == 1:
-            options |= classes[0].options() | {"refuse": Option("", "why it is not served")}
+            options |= classes[0].options()
             if classes[0].initialises and "init" in entry:
                 own, entry = entry["init"], {k: v for k, v in entry.items() if k != "init"}
                 inits[classes[0].name] = read_init(f"{where}: methods: {key}", own)
