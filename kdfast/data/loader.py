@@ -10,7 +10,7 @@ import atexit
 import math
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 
@@ -178,12 +178,14 @@ def _leave_signals(worker: int) -> None:
 _workers: set[BaseProcess] = set()
 
 
-@atexit.register
-def _end_workers() -> None:
-    """Workers do not obey SIGTERM, with which multiprocessing would end and then wait for them."""
-    for worker in _workers:
+def _end(workers: Iterable[BaseProcess]) -> None:
+    """Workers do not obey SIGTERM, with which torch and multiprocessing would end them."""
+    for worker in workers:
         if worker.is_alive():
             worker.kill()
+
+
+atexit.register(_end, _workers)
 
 
 class Loader:
@@ -223,6 +225,9 @@ class Loader:
         iterator, self._loader._iterator = self._loader._iterator, None
         if iterator is not None:
             iterator._shutdown_workers()
+            _end(iterator._workers)
+            for worker in iterator._workers:
+                worker.join()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         portions = self._addresses.start(epoch, first_step)
