@@ -25,6 +25,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
+# The names a user gave the splits for training, evaluation and testing.
+Splits = tuple[str | None, str | None, str | None]
+
+
 class Source(Protocol):
     """One split of an image set."""
 
@@ -50,8 +54,9 @@ class Source(Protocol):
 class ImageData:
     """An opened image set.
 
-    `image_size` is the native side in pixels, None when images vary; `mean` and `std` are per
-    RGB channel in [0, 1], None when the set has no figures of its own.
+    `eval` is the split that selects, among epochs for one; `test` never does, None when the set
+    has no third split. `image_size` is the native side in pixels, None when images vary; `mean`
+    and `std` are per RGB channel in [0, 1], None when the set has no figures of its own.
     """
 
     name: str
@@ -63,6 +68,16 @@ class ImageData:
     std: tuple[float, float, float] | None = None
     flip: bool = True
     in_memory: bool = False
+    test: Source | None = None
+
+
+def lines_of(path: Path, remedy: str) -> list[str]:
+    """The lines of text file `path`; where it cannot be read, a `UserError` ending in `remedy`."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a text file"
+        raise UserError(f"cannot read {path}: {reason}; {remedy}") from None
 
 
 def unreadable(source: Source, index: int, error: Exception) -> UserError:

@@ -115,6 +115,7 @@ def _open(options: argparse.Namespace, *, download: bool) -> ImageData:
         download=download,
         train_split=options.train_split,
         eval_split=options.val_split,
+        test_split=options.test_split,
         classes=options.num_classes,
         train_limit=options.train_limit,
         eval_limit=options.eval_limit,
