@@ -108,12 +108,17 @@ def _variants(path: Path) -> dict[str, int]:
 def _root(
     factory: str, data_dir: Path | None, download: bool, inner: str, parts: Sequence[str]
 ) -> Path:
-    """Where `parts` are: `data_dir` or its folder `inner`; torchvision's `factory` fetches them."""
+    """Where `parts` are: `data_dir` or its folder `inner`; torchvision's `factory` fetches them.
+
+    Parts without a suffix are folders.
+    """
     data_dir = data_dir or Path("data")
     places = [data_dir, data_dir / inner]
 
     def missing(place: Path) -> list[str]:
-        return [part for part in parts if not (place / part).exists()]
+        found = (place / part for part in parts)
+        there = (path.is_file() if path.suffix else path.is_dir() for path in found)
+        return [part for part, is_there in zip(parts, there, strict=True) if not is_there]
 
     if download and all(map(missing, places)):
         import torchvision

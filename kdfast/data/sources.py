@@ -1,7 +1,7 @@
 """What an image set is made of: splits that read one image by its index.
 
-Every source answers `len(source)`, `source.read(index) -> (PIL image, label)`, `source.labels()`
-and `source.describe(index)`, the words an error uses for that image.
+Every source answers `len(source)`, `source.read(index) -> (PIL image, label)`, `source.labels()`,
+`source.describe(index)`, the words an error uses for that image, and `source.size(index)`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,12 @@ class Source(Protocol):
 
     def describe(self, index: int) -> str:
         """What to call image `index` in an error."""
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        """Width and height by the header of an image file, 0 where it is damaged.
+
+        None for images that are in memory already or read by a library.
+        """
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,15 @@ class ArraySource:
     def describe(self, index: int) -> str:
         return f"{self.name} image {index}"
 
+    def size(self, index: int) -> None:
+        return None
+
 
 class FileSource:
     """Image files and their class indices; with `side`, every image must have side x side pixels.
 
-    Files are decoded at every reading, by the loader's workers: a large set needs no memory.
+    Files are decoded at every reading, by the loader's workers: a large set needs no memory
+    (`keep_decoded` is for small ones).
     """
 
     def __init__(self, samples: Sequence[tuple[str, int]], side: int | None = None):
@@ -131,6 +141,15 @@ class FileSource:
 
     def describe(self, index: int) -> str:
         return self.samples[index][0]
+
+    def size(self, index: int) -> tuple[int, int]:
+        if self.side:
+            return self.side, self.side
+        try:
+            with Image.open(self.samples[index][0]) as image:
+                return image.size
+        except UNREADABLE:
+            return 0, 0
 
 
 class FolderSource(FileSource):
@@ -223,6 +242,9 @@ class TimmSource:
     def describe(self, index: int) -> str:
         return f"{self.name} image {index}"
 
+    def size(self, index: int) -> None:
+        return None
+
 
 class FirstOf:
     """The first `count` images of a source, for trials."""
@@ -241,3 +263,6 @@ class FirstOf:
 
     def describe(self, index: int) -> str:
         return self.source.describe(index)
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        return self.source.size(index)

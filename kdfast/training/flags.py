@@ -93,6 +93,15 @@ def data_flags(parser: Parser) -> None:
         help="loader processes; results do not depend "
         "on it (default: 0 for sets in memory on a CPU, else up to 4)",
     )
+    flag(
+        group,
+        "--cache-images",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="decode image files once and keep their pixels, in memory that loader processes "
+        "share; results do not depend on it; auto: where the training images take at most 8 GiB "
+        "and half of the free memory",
+    )
 
 
 def model_flags(parser: Parser, *, student: bool) -> None:
