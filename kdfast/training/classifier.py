@@ -131,7 +131,7 @@ def describe(
 
 # What a network's weights do not depend on.
 _INCIDENTAL = {
-    "workers", "threads", "download",
+    "workers", "threads", "download", "cache-images",
 }  # fmt: skip
 
 
