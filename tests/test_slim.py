@@ -417,16 +417,48 @@ class Mixes(nn.Module):
         return y.view(-1, 2, 4, *y.shape[2:]).transpose(1, 2).flatten(1, 2)
 
 
-class Widths(nn.Module):
-    """Has a width written into its code."""
+class Does(nn.Module):
+    """`what` to the 8 channels of a convolution."""
 
-    def __init__(self):
+    def __init__(self, what):
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 1)
+        self.conv, self.what = nn.Conv2d(3, 8, 1), what
 
     def forward(self, x):
-        y = self.conv(x)
-        return torch.cat([y[:, :4], y[:, 4:]], 1)
+        return self.what(self.conv(x))
+
+
+WIDTHS = {
+    "cut at a number": lambda y: torch.cat([y[:, 5:], y[:, :5]], 1),
+    "one channel by number": lambda y: y * y[:, 5:6],
+    "divided by the width": lambda y: y / y.shape[1],
+    "groups by number": lambda y: torch.nn.functional.group_norm(y, 4),
+}
+MIXED = {
+    "rolled": lambda y: y.roll(1),
+    "rolled along channels": lambda y: y.roll(1, 1),
+    "largest of all": lambda y: y * y.max(1, keepdim=True).values,
+    "softmax": lambda y: y.softmax(1),
+    "mean over channels": lambda y: y * y.mean(1, keepdim=True),
+    "sum over everything": lambda y: y * y.sum(),
+    "every other channel": lambda y: torch.cat([y[:, ::2], y[:, ::2]], 1),
+    "gated linear unit": lambda y: torch.nn.functional.glu(y, 1).repeat(1, 2, 1, 1),
+}
+
+
+@pytest.mark.parametrize("kind", WIDTHS)
+def test_widths_written_into_the_code_are_refused(kind):
+    torch.manual_seed(0)
+    model, size = Small(Does(WIDTHS[kind])), (3, 8, 8)
+    masks = split_masks(model, 0.8, input_size=size)
+    with pytest.raises(UsageError, match="depends on widths"):
+        extract_slim(model, masks, size)
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_mixed_channels_are_refused(kind):
+    with pytest.raises(UsageError, match=r"cannot split \w+ at \w+ of layer 'body': "):
+        split_masks(Small(Does(MIXED[kind])), 0.5, input_size=(3, 8, 8))
 
 
 def test_models_that_cannot_be_split():
@@ -439,10 +471,9 @@ def test_models_that_cannot_be_split():
             model = Small(body())
         with pytest.raises(UsageError, match=words):
             split_masks(model, rate, input_size=(3, 8, 8))
-    model = Small(Widths())
-    masks = split_masks(model, 0.3, input_size=(3, 8, 8))
-    with pytest.raises(UsageError, match="widths written into it"):
-        extract_slim(model, masks, (3, 8, 8))
+    transposed = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 8, 2))
+    with pytest.raises(UsageError, match=r"'body\.1' is a transposed convolution"):
+        split_masks(Small(transposed), 0.5, input_size=(3, 8, 8))
     with pytest.raises(UsageError, match=r"cannot split vit_tiny_patch16_224 at \w+ of layer"):
         split_masks(create_model("vit_tiny_patch16_224"), 0.5)
     auxiliary = create_model("torchvision.models:googlenet", 10, init_weights=False)
@@ -475,5 +506,7 @@ def test_masks_that_do_not_fit():
     ):
         with pytest.raises(UsageError, match=words):
             extract_slim(model, changed, size)
+    with pytest.raises(UsageError, match="another architecture"):
+        reset(model, masks, KEY, network("cifar_resnet20"))
     with pytest.raises(UsageError, match="the model has no such weight"):
         reset(model, {"body.7.weight": masks[name]}, KEY)
