@@ -203,6 +203,7 @@ def _labels(groups: list[_Group]) -> list[str]:
         others = [other.options for other in groups if other.methods == group.methods]
         keys = sorted({key for options in others for key in options})
         differing = [key for key in keys if len({said(key, o.get(key)) for o in others}) > 1]
-        words = ", ".join(said(key, group.options.get(key)) for key in differing)
+        own = [key for key in differing if key in group.options]
+        words = ", ".join(said(key, group.options[key]) for key in own)
         labels.append(f"{group.name} ({words})" if words else group.name)
     return labels
