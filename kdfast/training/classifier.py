@@ -14,6 +14,7 @@ from torch import nn
 
 from kdfast.data import ImageData
 from kdfast.errors import UsageError
+from kdfast.metrics import count_operations
 from kdfast.models import Taps, parameter_count
 from kdfast.training.evaluate import evaluate
 from kdfast.training.keeper import StudentKeeper
@@ -25,7 +26,6 @@ from kdfast.training.setup import (
     arguments_of,
     build_model,
     choose_inputs,
-    count_operations,
     make_loaders,
     metadata,
     plain,

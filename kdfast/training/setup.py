@@ -321,19 +321,6 @@ def metadata(
     }
 
 
-def count_operations(model: nn.Module, size: tuple[int, int]) -> int:
-    """Floating-point operations of one image's forward pass, a multiply-add counted as two."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    training = model.training
-    parameter = next(model.parameters())
-    image = torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    model.train(training)
-    return counter.get_total_flops()
-
-
 def arguments_of(
     options: argparse.Namespace, accelerator: Accelerator, data: ImageData, **resolved: Any
 ) -> dict[str, Any]:
