@@ -11,6 +11,8 @@ from kdfast.models.factory import (
 from kdfast.models.head_files import MountedHeads, load_heads, save_head, shapes_of
 from kdfast.models.heads import ConvHead, DeepHead, LinearHead, parameter_count
 from kdfast.models.inputs import InputAdapter
+from kdfast.models.masked import masked_dense
+from kdfast.models.slim import extract_slim, reset, split_masks
 from kdfast.models.split import split_at
 from kdfast.models.stages import default_stages, pair_stages
 from kdfast.models.taps import Taps, classifier_name, find_layer, penultimate
@@ -29,19 +31,23 @@ __all__ = [
     "classifier_name",
     "create_model",
     "default_stages",
+    "extract_slim",
     "find_layer",
     "fixed_input_size",
     "input_size",
     "load_heads",
     "load_weights",
+    "masked_dense",
     "pair_stages",
     "parameter_count",
     "penultimate",
     "read_weights",
+    "reset",
     "resolve_name",
     "save_head",
     "save_weights",
     "shapes_of",
     "split_at",
+    "split_masks",
     "unwrap",
 ]

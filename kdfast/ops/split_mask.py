@@ -109,7 +109,7 @@ class SplitMask:
             raise ValueError(f"SplitMask: groups must divide {out} rows, got {groups}")
         if segments is not None and (first or groups > 1):
             raise ValueError("SplitMask: expected no segments with first or groups")
-        kept = _active(groups, rate) * (out // groups) if groups > 1 else _active(out, rate)
+        kept = active(groups, rate) * (out // groups) if groups > 1 else active(out, rate)
         rows = [(0, out if last else kept)]
         if first or groups > 1:
             columns = [(0, into)]
@@ -121,7 +121,7 @@ class SplitMask:
                     f"got {segments}"
                 )
             starts = [sum(segments[:k]) for k in range(len(segments))]
-            columns = [(s, _active(n, rate)) for s, n in zip(starts, segments, strict=True)]
+            columns = [(s, active(n, rate)) for s, n in zip(starts, segments, strict=True)]
         return cls(shape, rows, columns)
 
     @classmethod
@@ -243,8 +243,8 @@ class SplitMask:
         return f"SplitMask({list(self.shape)}, {kept})"
 
 
-def _active(width: int, rate: float) -> int:
-    """a(n) = ceil(n * rate), at least 1."""
+def active(width: int, rate: float) -> int:
+    """a(n) = ceil(n * rate), at least 1; forgives 1e-9, the error of a float product."""
     return max(1, math.ceil(width * rate - 1e-9))
 
 
