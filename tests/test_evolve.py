@@ -40,11 +40,11 @@ RUN = ("--experiment", "run", "--output", ".")
 AGAIN = (*FLAGS, "--generations", 3, *RUN, "--resume", "auto")
 # Nothing moves: the last weights of a generation are those it began with.
 STILL = (*SMALL, "--epochs", 1, "--lr", 0, "--weight-decay", 0, "--freeze-bn", "--no-aug")
-PUBLISHED = (
-    "Date Finished,Name,Split Rate,Bias Split Rate,Current Val Top 1,Current Val Top 5,"
-    "Best Val Top 1,Best Val Top 5,Current Tst Top 1,Current Tst Top 5,Best Tst Top 1,"
-    "Best Tst Top 5,Best Trn Top 1,Best Trn Top 5"
-).split(",")
+PUBLISHED = [
+    "Date Finished", "Name", "Split Rate", "Bias Split Rate", "Current Val Top 1",
+    "Current Val Top 5", "Best Val Top 1", "Best Val Top 5", "Current Tst Top 1",
+    "Current Tst Top 5", "Best Tst Top 1", "Best Tst Top 5", "Best Trn Top 1", "Best Trn Top 5",
+]  # fmt: skip
 
 
 def make(folder: Path, *flags: object) -> Path:

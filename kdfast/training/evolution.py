@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,21 @@ from torch import nn
 
 from kdfast.data import ImageData
 from kdfast.errors import UsageError, UserError
-from kdfast.models import checksum, load_weights, read_weights, reset, split_masks
+from kdfast.models import (
+    checksum,
+    extract_slim,
+    load_weights,
+    masked_dense,
+    read_weights,
+    reset,
+    split_masks,
+)
+from kdfast.models.channel_graph import ChannelGraph
 from kdfast.ops import Key
 from kdfast.seeding import derive_seed, local_randomness
 from kdfast.training import journal
 from kdfast.training.classifier import train_classifier
-from kdfast.training.generations_csv import as_csv
+from kdfast.training.generations_csv import as_csv, as_text, best_scores
 from kdfast.training.journal import say
 from kdfast.training.links import Chain, Link, check_links
 from kdfast.training.run_folder import on_main, write_atomic
@@ -35,7 +44,7 @@ from kdfast.training.setup import (
     metadata,
     try_out,
 )
-from kdfast.training.slim import Examiner, counts_of, program_of, slim_of, write_slim
+from kdfast.training.slim import Examiner, counts_of, program_of, write_slim
 from kdfast.training.split_files import Split, check_split, read_split, write_split
 
 
@@ -72,20 +81,38 @@ class EvolvedChain(Chain):
 
 @dataclass
 class Evolution:
-    """What all generations of a run share."""
+    """What all generations of a run share; `model` is a network like theirs."""
 
     options: argparse.Namespace
     accelerator: Accelerator
     data: ImageData
     chain: EvolvedChain
+    model: nn.Module
     inputs: Inputs
-    split: Split
     examiner: Examiner
+
+    @property
+    def split(self) -> Split:
+        return self.chain.split
 
     @property
     def slims(self) -> bool:
         """Whether there is more than plain training, and so a slim row a generation."""
         return self.options.generations > 1
+
+    @cached_property
+    def graph(self) -> ChannelGraph:
+        """Of every generation's network: tracing one takes seconds."""
+        return ChannelGraph(self.model, (3, *self.inputs.size))
+
+    def networks(self, dense: nn.Module) -> dict[str, nn.Module]:
+        """`dense`, `slim` and `masked`, as far as there are such."""
+        found = {"dense": dense}
+        if self.slims and self.split.mode == "kels":
+            found["slim"] = extract_slim(dense, self.split.masks, graph=self.graph).eval()
+        if self.slims:
+            found["masked"] = masked_dense(dense, self.split.masks, graph=self.graph)
+        return found
 
 
 def evolve(
@@ -119,7 +146,7 @@ def evolve(
         results |= {"run": str(path), "seed": options.seed, "tested_on": run.examiner.split}
         results["generations"] = entries
         on_main(accelerator, lambda: chain.write_results(results))
-        say(table(results))
+        say(as_text(entries))
     return results
 
 
@@ -136,19 +163,18 @@ def prepare(
     inputs = choose_inputs(options, data, model)
     try_out(model, inputs, data.classes)
     examiner = Examiner(options, accelerator, data, inputs)
+    run = Evolution(options, accelerator, data, chain, model, inputs, examiner)
     if on_main(accelerator, chain.masks.exists):
         split = read_split(chain.masks)
         check_split(chain.masks, split, model, options.split_rate, options.split_mode)
     elif on_main(accelerator, first.path.exists):
         raise UserError(f"{chain.masks} is missing; put it back, or start anew elsewhere")
     else:
-        key = Key(options.seed, "split")
-        size = (3, *inputs.size)
-        masks = split_masks(model, options.split_rate, options.split_mode, key, size)
-        split = Split(masks, options.split_rate, options.split_mode)
-        if options.generations > 1 and (slim := slim_of(model, split, inputs)) is not None:
-            program_of(slim, inputs)  # before hours of training rather than after
+        key, rate, mode = Key(options.seed, "split"), options.split_rate, options.split_mode
+        split = Split(split_masks(model, rate, mode, key, graph=run.graph), rate, mode)
     chain.split = split
+    if not on_main(accelerator, first.path.exists) and (slim := run.networks(model).get("slim")):
+        program_of(slim, inputs)  # before hours of training rather than after
     kept, entries = map(sum, zip(*split.sums().values(), strict=True))
     say(
         f"generations 0 to {options.generations - 1} of {options.model} on {data.name}, into "
@@ -156,7 +182,7 @@ def prepare(
         f"of {entries:,} weights in {len(split.masks)} layers"
     )
     examiner.say_split(data)
-    return Evolution(options, accelerator, data, chain, inputs, split, examiner)
+    return run
 
 
 def options_of(options: argparse.Namespace, link: Link) -> argparse.Namespace:
@@ -241,14 +267,14 @@ def _examined(
     own = options_of(run.options, link)
     dense = build_network(own, run.data.classes)
     load_weights(dense, weights)
-    slim = slim_of(dense, run.split, run.inputs) if run.slims else None
-    counts = {"dense": counts_of(dense, run.inputs.size), "slim": None, "masked": {}}
-    if slim is not None:
-        counts["slim"] = counts_of(slim, run.inputs.size)
+    networks = run.networks(dense)
+    counts = {k: counts_of(n, run.inputs.size) for k, n in networks.items() if k != "masked"}
+    if "slim" in networks:
         about = metadata(dense, own.model_kwargs, run.data, run.inputs, found)
         about |= {"split_rate": run.split.rate, "generation": link.generation} | counts["slim"]
+        slim = networks["slim"]
         on_main(run.accelerator, lambda: write_slim(link, slim, run.split, run.inputs, about))
-    scores = run.examiner.score(dense, slim, run.split if run.slims else None)
+    scores = run.examiner.score(networks)
     entry = {
         "generation": link.generation,
         "seed": own.seed,
@@ -259,40 +285,18 @@ def _examined(
         "finished": known["finished"] if known else time.strftime("%Y-%m-%d %H:%M:%S"),
         "last": results["last"],
         "best": results["best"],
-        **on_main(run.accelerator, lambda: _best_of(link)),
-        **{name: own and own | counts[name] for name, own in scores.items()},
+        **on_main(run.accelerator, lambda: best_scores(link.summary)),
+        **dict.fromkeys(("dense", "slim", "masked")),
+        **{name: own | counts.get(name, {}) for name, own in scores.items()},
     }
     results["evolution"] = on_main(run.accelerator, lambda: entry)  # its time of day
     on_main(run.accelerator, lambda: link.write_results(results))
-    found = ", ".join(f"{name} {own['top1']:.2f}" for name, own in scores.items() if own)
-    say(f"generation {link.generation}: {run.examiner.split} top1 {found}")
+    tops = ", ".join(f"{name} {own['top1']:.2f}" for name, own in scores.items())
+    say(f"generation {link.generation}: {run.examiner.split} top1 {tops}")
     return results["evolution"]
-
-
-def _best_of(link: Link) -> dict[str, float]:
-    """The highest scores of the evaluated epochs, each by itself."""
-    columns = {
-        "best_top5": "eval_top5",
-        "best_train_top1": "train_top1",
-        "best_train_top5": "train_top5",
-    }
-    with link.summary.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["eval_top1"]]
-    return {name: max(float(row[column]) for row in rows) for name, column in columns.items()}
 
 
 def _write_table(run: Evolution, entries: list[dict[str, Any]]) -> None:
     text = as_csv(entries, run.chain.path.name, run.split.rate, slim=run.slims)
     if not run.chain.table.exists() or run.chain.table.read_text() != text:
         write_atomic(run.chain.table, text)
-
-
-def table(results: dict[str, Any]) -> str:
-    """Top-1 of dense, slim and masked dense network by generation, for people."""
-    lines = [f"{'generation':>10} {'seed':>10} {'dense':>7} {'slim':>7} {'masked':>7} {'gap':>7}"]
-    for entry in results["generations"]:
-        shown = [entry[kind] and entry[kind]["top1"] for kind in ("dense", "slim", "masked")]
-        shown.append(shown[0] - shown[1] if shown[1] is not None else None)
-        cells = " ".join(f"{'' if value is None else f'{value:.2f}':>7}" for value in shown)
-        lines.append(f"{entry['generation']:>10} {entry['seed']:>10} {cells}".rstrip())
-    return "\n".join(lines)

@@ -1,10 +1,11 @@
-"""`generations.csv` of an evolved network: the published columns, then ours."""
+"""What evolved generations come to: a table of the published columns and ours, and one to read."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 # In the order and spelling of the authors' code (Taha et al., CVPR 2021).
@@ -75,3 +76,26 @@ def _tested(scores: dict[str, Any]) -> dict[str, Any]:
         "test_loss": scores["loss"],
         **{key: scores[key] for key in counts},
     }
+
+
+def best_scores(summary: Path) -> dict[str, float]:
+    """The highest scores of the evaluated epochs in a summary.csv, each by itself."""
+    columns = {
+        "best_top5": "eval_top5",
+        "best_train_top1": "train_top1",
+        "best_train_top5": "train_top5",
+    }
+    with summary.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["eval_top1"]]
+    return {name: max(float(row[column]) for row in rows) for name, column in columns.items()}
+
+
+def as_text(entries: Sequence[dict[str, Any]]) -> str:
+    """Top-1 of dense, slim and masked dense network by generation, for people."""
+    lines = [f"{'generation':>10} {'seed':>10} {'dense':>7} {'slim':>7} {'masked':>7} {'gap':>7}"]
+    for entry in entries:
+        shown = [entry[kind] and entry[kind]["top1"] for kind in ("dense", "slim", "masked")]
+        shown.append(shown[0] - shown[1] if shown[1] is not None else None)
+        cells = " ".join(f"{'' if value is None else f'{value:.2f}':>7}" for value in shown)
+        lines.append(f"{entry['generation']:>10} {entry['seed']:>10} {cells}".rstrip())
+    return "\n".join(lines)

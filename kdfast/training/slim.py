@@ -19,8 +19,6 @@ from kdfast.errors import UsageError, UserError
 from kdfast.metrics import count_operations, published_operations
 from kdfast.models import (
     architecture,
-    extract_slim,
-    masked_dense,
     parameter_count,
     save_weights,
 )
@@ -58,22 +56,11 @@ class Examiner:
                 "weights are scored, and it selects none of them"
             )
 
-    def score(
-        self, dense: nn.Module, slim: nn.Module | None, split: Split | None
-    ) -> dict[str, dict[str, Any] | None]:
-        """`top1`, `top5`, `loss`, `images` of the dense, slim and masked dense network.
-
-        Without `split` there is no masked one; what is not there is None. The modules end up on
-        the device.
-        """
+    def score(self, networks: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
+        """`top1`, `top5`, `loss` and `images` of each; the networks end up on the device."""
         layout = torch.channels_last if self.options.channels_last else torch.preserve_format
-        device = self.accelerator.device
-        networks = {"dense": dense} | ({} if slim is None else {"slim": slim})
         for network in networks.values():
-            network.to(device, memory_format=layout).eval()
-        if split is not None:
-            masks = {name: mask.to(device) for name, mask in split.masks.items()}
-            networks["masked"] = masked_dense(dense, masks, (3, *self.inputs.size)).eval()
+            network.to(self.accelerator.device, memory_format=layout).eval()
         try:
             scores = evaluate_all(
                 lambda x: [network(x) for network in networks.values()],
@@ -84,8 +71,7 @@ class Examiner:
             )
         finally:
             self.loader.close()
-        found = dict(zip(networks, scores, strict=True))
-        return {name: found.get(name) for name in ("dense", "slim", "masked")}
+        return dict(zip(networks, scores, strict=True))
 
 
 def counts_of(network: nn.Module, size: tuple[int, int]) -> dict[str, int]:
@@ -95,13 +81,6 @@ def counts_of(network: nn.Module, size: tuple[int, int]) -> dict[str, int]:
         "operations": count_operations(network, size),
         "published_operations": published_operations(network, size),
     }
-
-
-def slim_of(dense: nn.Module, split: Split, inputs: Inputs) -> nn.Module | None:
-    """The slim network, in eval mode; None where single weights are split."""
-    if split.mode != "kels":
-        return None
-    return extract_slim(dense, split.masks, (3, *inputs.size)).eval()
 
 
 def program_of(slim: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
