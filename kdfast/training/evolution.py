@@ -173,7 +173,8 @@ def prepare(
         key, rate, mode = Key(options.seed, "split"), options.split_rate, options.split_mode
         split = Split(split_masks(model, rate, mode, key, graph=run.graph), rate, mode)
     chain.split = split
-    if not on_main(accelerator, first.path.exists) and (slim := run.networks(model).get("slim")):
+    slim = None if on_main(accelerator, first.path.exists) else run.networks(model).get("slim")
+    if slim is not None:
         program_of(slim, inputs)  # before hours of training rather than after
     kept, entries = map(sum, zip(*split.sums().values(), strict=True))
     say(
@@ -194,9 +195,12 @@ def options_of(options: argparse.Namespace, link: Link) -> argparse.Namespace:
     return own
 
 
-def build_network(options: argparse.Namespace, classes: int) -> nn.Module:
+def build_network(
+    options: argparse.Namespace, classes: int, *, sync_bn: bool = False
+) -> nn.Module:
     """A new network of a generation; weights that were given are those of generation 0."""
     own = copy.copy(options)
+    own.sync_bn = sync_bn
     if own.generation:
         own.pretrained, own.initial_checkpoint = False, None
     model = build_model(own, classes, seed_name="network")
@@ -238,7 +242,7 @@ def _train(run: Evolution, link: Link, parent: tuple[Link, str] | None) -> dict[
             results = on_main(run.accelerator, link.read_results)
         say(f"{said}: finished before, {link.path}")
         return results
-    model = build_network(own, run.data.classes)
+    model = build_network(own, run.data.classes, sync_bn=own.sync_bn)
     if parent is not None:
         model = inherit(run, model, link.generation, parent[0])
     say(f"{said}: trains the whole network")
@@ -265,7 +269,7 @@ def _examined(
         return results["evolution"]
     on_main(run.accelerator, run.chain.enter)
     own = options_of(run.options, link)
-    dense = build_network(own, run.data.classes)
+    dense = copy.deepcopy(run.model)
     load_weights(dense, weights)
     networks = run.networks(dense)
     counts = {k: counts_of(n, run.inputs.size) for k, n in networks.items() if k != "masked"}
