@@ -16,9 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from kdfast.analysis.evolution import draw_generations, read_generations
@@ -254,6 +256,32 @@ def test_label_smoothing_by_hand(eps):
     assert total.item() == pytest.approx((1 - eps) * own + eps * mean, abs=1e-6)
     if eps == 0.1:
         assert total.item() == pytest.approx(0.342613, abs=1e-6)
+
+
+def test_the_test_split_is_scored_and_selects_nothing(run_script, tmp_path):
+    """Three lists of 8, 4 and 6 images."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4), ("test", 6)):
+        lines = []
+        for i in range(count):
+            name = f"{split}{i}.png"
+            pixels = generator.integers(0, 255, (36, 40, 3), dtype=np.uint8)
+            (tmp_path / "set").mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "set" / name)
+            lines.append(f"{name} {'cat' if i % 2 else 'dog'}")
+        (tmp_path / "set" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    flags = ("--dataset", "lists", "--data-dir", "set", "--img-size", 32, "-b", 4, "--epochs", 1,
+             "--model", "cifar_resnet8", "--generations", 2, "--warmup-epochs", 0)  # fmt: skip
+    code, out, err = run_script(SCRIPT, *flags, *RUN)
+    assert code == 0, err
+    results = json.loads(out.splitlines()[-1])
+    assert results["tested_on"] == "test" and "scored on the test split" in out
+    options = options_of(tmp_path / "run")
+    assert (options["recipe"], options["images"]["eval"]) == ("evolution", 4)
+    for g, entry in enumerate(results["generations"]):
+        assert {entry[kind]["images"] for kind in ("dense", "slim", "masked")} == {6}
+        (row,) = rows_of(tmp_path / f"run/generation-{g}/summary.csv")
+        assert float(row["eval_loss"]) == entry["last"]["loss"] != entry["dense"]["loss"]
 
 
 # What is inherited.

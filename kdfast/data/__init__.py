@@ -1,5 +1,6 @@
 """Image sets, pipelines and batches; every sample carries its dataset index."""
 
+from kdfast.data.decoded import keep_decoded
 from kdfast.data.loader import Batch, BatchPlan, Loader, Portion
 from kdfast.data.named import dataset_name, dataset_names, open_data
 from kdfast.data.sources import IMAGENET_MEAN, IMAGENET_STD, ImageData, Source
@@ -18,6 +19,7 @@ __all__ = [
     "dataset_name",
     "dataset_names",
     "eval_transform",
+    "keep_decoded",
     "open_data",
     "to_float",
     "train_transform",

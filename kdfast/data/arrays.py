@@ -8,15 +8,16 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from tarfile import TarError
 
 import numpy as np
 from PIL import Image
 
-from kdfast.data.sources import ArraySource, ImageData
+from kdfast.data.sources import ArraySource, ImageData, Splits
 from kdfast.errors import UserError
 
 
-def digits(data_dir: Path | None, download: bool, splits: tuple[str, str]) -> ImageData:
+def digits(data_dir: Path | None, download: bool, splits: Splits) -> ImageData:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -48,13 +49,13 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def fashion_mnist(data_dir: Path | None, download: bool, splits: tuple[str, str]) -> ImageData:
+def fashion_mnist(data_dir: Path | None, download: bool, splits: Splits) -> ImageData:
     if download:
         from torchvision.datasets import FashionMNIST
 
         root = data_dir or Path("data")
         for train in (True, False):
-            _fetch(lambda train=train: FashionMNIST(root, train=train, download=True), root)
+            fetch(lambda train=train: FashionMNIST(root, train=train, download=True), root)
     places = [data_dir] if data_dir else [Path("data"), Path("/usr/share/datasets/fashion-mnist")]
     folders = [place / inner for place in places for inner in ("", "FashionMNIST/raw")]
 
@@ -87,14 +88,14 @@ def fashion_mnist(data_dir: Path | None, download: bool, splits: tuple[str, str]
     return ImageData("fashion-mnist", train, held_out, 10, 32, mean, std, in_memory=True)
 
 
-def _fetch(open_set: Callable, root: Path | None):
+def fetch(open_set: Callable, root: Path | None):
     """Open a torchvision set; every way in which that fails becomes one line.
 
     torchvision checks the archive's published checksum before it reads a pickled batch.
     """
     try:
         return open_set()
-    except (RuntimeError, OSError, EOFError) as error:
+    except (RuntimeError, OSError, EOFError, TarError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"cannot open the data set in {root}: {reason}; "
@@ -103,13 +104,13 @@ def _fetch(open_set: Callable, root: Path | None):
 
 
 def cifar(name: str, classes: int, mean, std) -> Callable[..., ImageData]:
-    def open_set(data_dir: Path | None, download: bool, splits: tuple[str, str]) -> ImageData:
+    def open_set(data_dir: Path | None, download: bool, splits: Splits) -> ImageData:
         import torchvision
 
         root = data_dir or Path("data")
         factory = getattr(torchvision.datasets, name.upper())
         train, held_out = (
-            _fetch(lambda train=train: factory(root, train=train, download=download), root)
+            fetch(lambda train=train: factory(root, train=train, download=download), root)
             for train in (True, False)
         )
         sources = (ArraySource(part.data, part.targets, name) for part in (train, held_out))

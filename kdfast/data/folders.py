@@ -10,28 +10,43 @@ from kdfast.data.sources import (
     IMAGENET_STD,
     FolderSource,
     ImageData,
+    Splits,
     folders_in,
 )
 from kdfast.errors import UsageError, UserError
 
 
-def folder(data_dir: Path | None, download: bool, splits: tuple[str, str]) -> ImageData:
+def folder(data_dir: Path | None, download: bool, splits: Splits) -> ImageData:
+    """Any classes: train/, val/ and, where it has the same classes, test/.
+
+    Evaluation takes validation/ or test/ where there is no val/.
+    """
     if data_dir is None:
         raise UsageError("--dataset folder needs --data-dir, a folder with train/ and val/")
     train = FolderSource(data_dir / (splits[0] or "train"))
     usual = [data_dir / split for split in ("val", "validation", "test")]
     named = data_dir / splits[1] if splits[1] else next(filter(Path.is_dir, usual), usual[0])
     held_out = FolderSource(named)
-    if train.class_names != held_out.class_names:
-        odd = sorted(set(train.class_names) ^ set(held_out.class_names))
-        raise UserError(
-            f"the classes of the two splits in {data_dir} differ: {', '.join(odd[:5])} "
-            "are in one of them only"
-        )
-    return ImageData("folder", train, held_out, len(train.class_names))
+    third = data_dir / (splits[2] or "test")
+    test = None
+    if splits[2] or (third != named and _has(third, train.class_names)):
+        test = FolderSource(third)
+    for other in filter(None, (held_out, test)):
+        odd = sorted(set(train.class_names) ^ set(other.class_names))
+        if odd:
+            raise UserError(
+                f"the classes of two splits in {data_dir} differ: {', '.join(odd[:5])} "
+                "are in one of them only"
+            )
+    return ImageData("folder", train, held_out, len(train.class_names), test=test)
 
 
-def imagenet(data_dir: Path | None, download: bool, splits: tuple[str, str]) -> ImageData:
+def _has(root: Path, classes: Sequence[str]) -> bool:
+    """Whether `root` is a split of these classes; a test/ often holds images without any."""
+    return root.is_dir() and folders_in(root) == list(classes)
+
+
+def imagenet(data_dir: Path | None, download: bool, splits: Splits) -> ImageData:
     """ILSVRC 2012, sorted into train/ and val/ with a folder for each of the 1,000 WordNet IDs.
 
     Class indices are those of published weights: the sorted IDs.

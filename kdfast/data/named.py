@@ -8,7 +8,9 @@ from pathlib import Path
 
 from kdfast.data.arrays import cifar, digits, fashion_mnist
 from kdfast.data.folders import folder, imagenet
-from kdfast.data.sources import FirstOf, ImageData, TimmSource
+from kdfast.data.lists import lists
+from kdfast.data.oxford import aircraft, flowers102
+from kdfast.data.sources import FirstOf, ImageData, Splits, TimmSource
 from kdfast.data.tiny_imagenet import tiny_imagenet
 from kdfast.errors import UsageError, UserError, unknown
 
@@ -20,7 +22,12 @@ _NAMED: dict[str, Callable[..., ImageData]] = {
     "tiny-imagenet": tiny_imagenet,
     "imagenet": imagenet,
     "folder": folder,
+    "lists": lists,
+    "flowers102": flowers102,
+    "aircraft": aircraft,
 }
+# Those whose splits are where the user says.
+_ANY_SPLITS = ("folder", "lists")
 
 
 # An AssertionError is timm's word for an unknown name; the others come from the set's reader.
@@ -30,7 +37,7 @@ _UNKNOWN_TO_TIMM = (
 
 
 def _from_timm(
-    name: str, data_dir: Path | None, download: bool, splits: tuple[str, str], classes: int | None
+    name: str, data_dir: Path | None, download: bool, splits: Splits, classes: int | None
 ) -> ImageData:
     from timm.data import create_dataset
 
@@ -52,11 +59,12 @@ def _from_timm(
 
     train = open_split(splits[0] or "train")
     held_out = open_split(splits[1] or "validation")
+    test = open_split(splits[2]) if splits[2] else None
     names = getattr(train.reader or train.dataset, "class_to_idx", None)
     found = classes or (len(names) if names else None)
     if not found:
         raise UsageError(f"{name} does not say how many classes it has; give --num-classes")
-    return ImageData(name, train, held_out, found)
+    return ImageData(name, train, held_out, found, test=test)
 
 
 def _check_label_column(reader, where: str) -> None:
@@ -106,31 +114,40 @@ def open_data(
     download: bool = False,
     train_split: str | None = None,
     eval_split: str | None = None,
+    test_split: str | None = None,
     classes: int | None = None,
     train_limit: int | None = None,
     eval_limit: int | None = None,
 ) -> ImageData:
     """Open image set `name`: one of `dataset_names()` or a name of `timm.data.create_dataset`.
 
-    The limits keep the first images of a split only.
+    The limits keep the first images of a split only; `eval_limit` is for testing too.
 
     Raises `UsageError` for an unknown name or a set without a class count, `UserError` when files
     are missing or damaged.
     """
     data_dir = Path(data_dir) if data_dir is not None else None
-    splits = (train_split, eval_split)
+    splits = (train_split, eval_split, test_split)
     name = dataset_name(name)
-    if name in _NAMED and name != "folder" and any(splits):
-        raise UsageError(f"{name} has its own two splits; drop --train-split and --val-split")
+    if name in _NAMED and name not in _ANY_SPLITS and any(splits):
+        raise UsageError(
+            f"{name} has splits of its own; drop --train-split, --val-split and --test-split"
+        )
     if name in _NAMED:
         data = _NAMED[name](data_dir, download, splits)
     else:
         data = _from_timm(name, data_dir, download, splits, classes)
     if classes and classes != data.classes:
         raise UsageError(f"--num-classes {classes}, but {name} has {data.classes} classes")
-    for split, source in (("training", data.train), ("evaluation", data.eval)):
-        if len(source) == 0:
+    changed = {}
+    for key, split, limit in (
+        ("train", "training", train_limit),
+        ("eval", "evaluation", eval_limit),
+        ("test", "test", eval_limit),
+    ):
+        source = getattr(data, key)
+        if source is not None and len(source) == 0:
             raise UserError(f"the {split} split of {name} is empty")
-    limits = {"train": train_limit, "eval": eval_limit}
-    limited = {k: FirstOf(getattr(data, k), count) for k, count in limits.items() if count}
-    return replace(data, **limited)
+        if source is not None and limit:
+            changed[key] = FirstOf(source, limit)
+    return replace(data, **changed)

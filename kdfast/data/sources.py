@@ -1,7 +1,7 @@
 """What an image set is made of: splits that read one image by its index.
 
-Every source answers `len(source)`, `source.read(index) -> (PIL image, label)`, `source.labels()`
-and `source.describe(index)`, the words an error uses for that image.
+Every source answers `len(source)`, `source.read(index) -> (PIL image, label)`, `source.labels()`,
+`source.describe(index)`, the words an error uses for that image, and `source.size(index)`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
+# The names a user gave the splits for training, evaluation and testing.
+Splits = tuple[str | None, str | None, str | None]
+
+
 class Source(Protocol):
     """One split of an image set."""
 
@@ -45,13 +49,20 @@ class Source(Protocol):
     def describe(self, index: int) -> str:
         """What to call image `index` in an error."""
 
+    def size(self, index: int) -> tuple[int, int] | None:
+        """Width and height by the header of an image file, 0 where it is damaged.
+
+        None for images that are in memory already or read by a library.
+        """
+
 
 @dataclass(frozen=True)
 class ImageData:
     """An opened image set.
 
-    `image_size` is the native side in pixels, None when images vary; `mean` and `std` are per
-    RGB channel in [0, 1], None when the set has no figures of its own.
+    `eval` is the split that selects, among epochs for one; `test` never does, None when the set
+    has no third split. `image_size` is the native side in pixels, None when images vary; `mean`
+    and `std` are per RGB channel in [0, 1], None when the set has no figures of its own.
     """
 
     name: str
@@ -63,6 +74,16 @@ class ImageData:
     std: tuple[float, float, float] | None = None
     flip: bool = True
     in_memory: bool = False
+    test: Source | None = None
+
+
+def lines_of(path: Path, remedy: str) -> list[str]:
+    """The lines of text file `path`; where it cannot be read, a `UserError` ending in `remedy`."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a text file"
+        raise UserError(f"cannot read {path}: {reason}; {remedy}") from None
 
 
 def unreadable(source: Source, index: int, error: Exception) -> UserError:
@@ -89,11 +110,15 @@ class ArraySource:
     def describe(self, index: int) -> str:
         return f"{self.name} image {index}"
 
+    def size(self, index: int) -> None:
+        return None
+
 
 class FileSource:
     """Image files and their class indices; with `side`, every image must have side x side pixels.
 
-    Files are decoded at every reading, by the loader's workers: a large set needs no memory.
+    Files are decoded at every reading, by the loader's workers: a large set needs no memory
+    (`keep_decoded` is for small ones).
     """
 
     def __init__(self, samples: Sequence[tuple[str, int]], side: int | None = None):
@@ -116,6 +141,15 @@ class FileSource:
 
     def describe(self, index: int) -> str:
         return self.samples[index][0]
+
+    def size(self, index: int) -> tuple[int, int]:
+        if self.side:
+            return self.side, self.side
+        try:
+            with Image.open(self.samples[index][0]) as image:
+                return image.size
+        except UNREADABLE:
+            return 0, 0
 
 
 class FolderSource(FileSource):
@@ -208,6 +242,9 @@ class TimmSource:
     def describe(self, index: int) -> str:
         return f"{self.name} image {index}"
 
+    def size(self, index: int) -> None:
+        return None
+
 
 class FirstOf:
     """The first `count` images of a source, for trials."""
@@ -226,3 +263,6 @@ class FirstOf:
 
     def describe(self, index: int) -> str:
         return self.source.describe(index)
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        return self.source.size(index)

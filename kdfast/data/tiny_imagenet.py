@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from kdfast.data.sources import FileSource, FolderSource, ImageData, folders_in
+from kdfast.data.sources import (
+    FileSource,
+    FolderSource,
+    ImageData,
+    Splits,
+    folders_in,
+    lines_of,
+)
 from kdfast.errors import UserError
 
 _FOLDER, _SIDE = "tiny-imagenet-200", 64
@@ -14,7 +21,7 @@ _ARCHIVE = f"http://cs231n.stanford.edu/{_FOLDER}.zip"
 _AGAIN = f"unpack {_ARCHIVE} again"
 
 
-def tiny_imagenet(data_dir: Path | None, download: bool, splits: tuple[str, str]) -> ImageData:
+def tiny_imagenet(data_dir: Path | None, download: bool, splits: Splits) -> ImageData:
     """Tiny ImageNet in `data_dir` or its folder tiny-imagenet-200; val/ is the evaluation split.
 
     val/ may be as it unpacks (images/ and val_annotations.txt) or sorted into a folder a class;
@@ -41,16 +48,8 @@ def _root(data_dir: Path) -> Path:
     )
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a text file"
-        raise UserError(f"cannot read {path}: {reason}; {_AGAIN}") from None
-
-
 def _wnids(path: Path) -> list[str]:
-    wnids = sorted(line.strip() for line in _lines(path) if line.strip())
+    wnids = sorted(line.strip() for line in lines_of(path, _AGAIN) if line.strip())
     if not wnids:
         raise UserError(f"{path} lists no class; {_AGAIN}")
     for first, second in pairwise(wnids):
@@ -95,7 +94,7 @@ def _annotated(path: Path, present: set[str], wnids: Sequence[str]) -> dict[str,
     """Class index by image: the first two of the columns (image, wnid, and a box of four)."""
     indices = {wnid: i for i, wnid in enumerate(wnids)}
     labels: dict[str, int] = {}
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines_of(path, _AGAIN), 1):
         if not line.strip():
             continue
         name, wnid = (*map(str.strip, line.split("\t")), "")[:2]

@@ -138,7 +138,7 @@ def describe(
 
 # What a network's weights do not depend on.
 _INCIDENTAL = {
-    "workers", "threads", "download",
+    "workers", "threads", "download", "cache-images",
 }  # fmt: skip
 
 

@@ -195,9 +195,7 @@ def options_of(options: argparse.Namespace, link: Link) -> argparse.Namespace:
     return own
 
 
-def build_network(
-    options: argparse.Namespace, classes: int, *, sync_bn: bool = False
-) -> nn.Module:
+def build_network(options: argparse.Namespace, classes: int, *, sync_bn: bool = False) -> nn.Module:
     """A new network of a generation; weights that were given are those of generation 0."""
     own = copy.copy(options)
     own.sync_bn = sync_bn

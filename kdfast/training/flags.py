@@ -14,17 +14,26 @@ def data_flags(parser: Parser) -> None:
         group,
         "--dataset",
         default="digits",
-        help="digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, imagenet, "
-        "folder, or a name of timm's create_dataset such as torch/cifar10 or hfds/owner/name",
+        help="digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, imagenet, flowers102, "
+        "aircraft, folder, lists (train.txt, val.txt and perhaps test.txt, or .csv, each row an "
+        "image file and its label), or a name of timm's create_dataset such as torch/cifar10 or "
+        "hfds/owner/name",
     )
     flag(group, "--data-dir", metavar="PATH", help="where the set's files are")
     parser.switch(group, "--download", help="fetch the set first where the library can")
-    flag(group, "--train-split", help="name of the training split")
+    flag(group, "--train-split", help="name of the training split, or of its folder or list")
     flag(group, "--val-split", help="name of the evaluation split")
+    flag(group, "--test-split", help="name of a third split, which selects nothing")
     flag(
         group, "--train-limit", type=positive, metavar="N", help="train on the first N images only"
     )
-    flag(group, "--eval-limit", type=positive, metavar="N", help="evaluate on the first N only")
+    flag(
+        group,
+        "--eval-limit",
+        type=positive,
+        metavar="N",
+        help="evaluate and test on the first N only",
+    )
     flag(group, "--num-classes", type=positive, help="class count of a set that does not say")
     flag(
         group,
@@ -83,6 +92,15 @@ def data_flags(parser: Parser) -> None:
         type=natural,
         help="loader processes; results do not depend "
         "on it (default: 0 for sets in memory on a CPU, else up to 4)",
+    )
+    flag(
+        group,
+        "--cache-images",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="decode image files once and keep their pixels, in memory that loader processes "
+        "share; results do not depend on it; auto: where the training images take at most 8 GiB "
+        "and half of the free memory",
     )
 
 

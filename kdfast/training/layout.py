@@ -8,5 +8,5 @@ LAYOUT = 1
 FREE = {
     "output", "experiment", "resume", "recipe", "epochs", "save-epochs", "checkpoint-hist",
     "checkpoint-steps", "log-interval", "profile", "workers", "threads", "data-dir", "download",
-    "baseline", "amp", "teacher-checkpoint", "teacher-epochs", "heads",
+    "baseline", "amp", "teacher-checkpoint", "teacher-epochs", "heads", "cache-images",
 }  # fmt: skip

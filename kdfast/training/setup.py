@@ -42,6 +42,7 @@ from kdfast.models import (
 )
 from kdfast.seeding import derive_seed
 from kdfast.training import processes
+from kdfast.training.image_cache import cache_images
 from kdfast.training.journal import say
 from kdfast.training.options import batch_size
 from kdfast.training.run_folder import on_main
@@ -102,10 +103,13 @@ def _own_cores() -> int | None:
 
 
 def load_data(options: argparse.Namespace, accelerator: Accelerator) -> ImageData:
-    """The image set; with --download one process fetches it, then all open it."""
+    """The image set; with --download one process fetches it, then all open it.
+
+    A small set of image files is decoded once, as --cache-images says.
+    """
     if options.download:
         on_main(accelerator, lambda: _open(options, download=True) and None)
-    return _open(options, download=False)
+    return cache_images(options, _open(options, download=False))
 
 
 def _open(options: argparse.Namespace, *, download: bool) -> ImageData:
@@ -115,6 +119,7 @@ def _open(options: argparse.Namespace, *, download: bool) -> ImageData:
         download=download,
         train_split=options.train_split,
         eval_split=options.val_split,
+        test_split=options.test_split,
         classes=options.num_classes,
         train_limit=options.train_limit,
         eval_limit=options.eval_limit,

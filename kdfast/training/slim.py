@@ -39,9 +39,8 @@ class Examiner:
         self, options: argparse.Namespace, accelerator: Accelerator, data: ImageData, inputs: Inputs
     ):
         self.options, self.accelerator, self.inputs = options, accelerator, inputs
-        test = getattr(data, "test", None)
-        self.split = "evaluation" if test is None else "test"
-        own = replace(data, eval=data.eval if test is None else test)
+        self.split = "evaluation" if data.test is None else "test"
+        own = data if data.test is None else replace(data, eval=data.test)
         _, self.loader = make_loaders(options, own, inputs, accelerator)
         self.prepare = preparer(inputs, accelerator, channels_last=options.channels_last)
 
