@@ -127,6 +127,14 @@ def write_results(path: Path | None, results: list[dict], text: str) -> None:
         path.with_suffix(".md").write_text(text)
 
 
+def kept(path: Path | None, rows: list[str]) -> list[dict]:
+    """What `path` holds of other rows."""
+    if path is None or not path.exists():
+        return []
+    found = map(json.loads, path.read_text().splitlines())
+    return [result for result in found if result["row"] not in rows]
+
+
 def markdown(rows: list[dict[str, object]]) -> str:
     """A table of rows with equal keys."""
     lines = [

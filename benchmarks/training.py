@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import environment, markdown, side_by_side, summary, write_results
+from common import environment, kept, markdown, side_by_side, summary, write_results
 from torch import nn
 
 from kdfast.methods import find_method
@@ -178,14 +178,6 @@ def table(results: list[dict]) -> str:
             }
         )
     return markdown(lines)
-
-
-def kept(path: Path | None, rows: list[str]) -> list[dict]:
-    """What `path` holds of other rows."""
-    if path is None or not path.exists():
-        return []
-    found = map(json.loads, path.read_text().splitlines())
-    return [result for result in found if result["row"] not in rows]
 
 
 def main(argv: list[str] | None = None) -> int:

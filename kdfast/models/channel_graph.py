@@ -56,7 +56,7 @@ class ChannelGraph:
     """Channel sets of `model` in evaluation mode, and where they lie.
 
     Attributes:
-        program: the exported program, of one image tensor with any batch size.
+        program: the exported program of one image tensor.
         values: node -> layouts of its tensor's dimensions, a list of them where there are several.
         parameters: name -> layouts of the dimensions of a parameter or buffer.
         weights: name -> `Weight`, in the order of the graph.
@@ -64,6 +64,7 @@ class ChannelGraph:
 
     Args:
         input_size: (channels, height, width); by default what the model was made for.
+        any_batch: let the program take any number of images, which takes longer to trace; else two.
 
     Raises:
         UsageError: torch.export cannot trace the model, it does not answer with one tensor, or an
@@ -72,6 +73,7 @@ class ChannelGraph:
 
     model: nn.Module
     input_size: tuple[int, int, int] | None = None
+    any_batch: bool = True
     values: dict[fx.Node, Dims | list[Dims]] = field(default_factory=dict, init=False)
     parameters: dict[str, Dims] = field(default_factory=dict, init=False)
     weights: dict[str, Weight] = field(default_factory=dict, init=False)
@@ -81,7 +83,7 @@ class ChannelGraph:
     def __post_init__(self) -> None:
         self.name = architecture(self.model)
         self.input_size = tuple(self.input_size or size_of(self.model))
-        self.program = export(self.model, self.input_size)
+        self.program = export(self.model, self.input_size, self.any_batch)
         self._names = names = self._placeholders()
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
@@ -92,6 +94,11 @@ class ChannelGraph:
                 self._answer(node)
         for name, module in self.model.named_modules():
             weight = f"{name}.weight" if name else "weight"
+            if isinstance(module, nn.modules.conv._ConvTransposeNd):
+                raise UsageError(
+                    f"cannot split {self.name}: layer '{name}' is a transposed convolution, for "
+                    "which there is no rule"
+                )
             if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and not (
                 self.weights.keys() & self._same(weight)
             ):
@@ -117,6 +124,9 @@ class ChannelGraph:
     def name_of(self, node: Any) -> str | None:
         """The parameter or buffer that `node` is."""
         return self._names.get(node)
+
+    def is_parameter(self, name: str) -> bool:
+        return any(name == other for other, _ in self.model.named_parameters())
 
     def is_named(self, node: fx.Node) -> bool:
         """Whether placeholder `node` is a parameter, buffer or constant, not the images."""
@@ -255,16 +265,19 @@ class ChannelGraph:
         return (node for node in self.program.graph.nodes if node.op == "call_function")
 
 
-def export(model: nn.Module, input_size: tuple[int, int, int]) -> torch.export.ExportedProgram:
-    """The program of `model` in evaluation mode for any batch; raises `UsageError`."""
+def export(
+    model: nn.Module, input_size: tuple[int, int, int], any_batch: bool = True
+) -> torch.export.ExportedProgram:
+    """The program of `model` in evaluation mode, for any batch or one of 2; raises `UsageError`."""
     modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters(), torch.zeros(()))
+    shapes = ({0: Dim.AUTO},) if any_batch else None
     image = torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype)
     try:
         model.eval()
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, (image,), dynamic_shapes=({0: Dim.AUTO},))
+            return torch.export.export(model, (image,), dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises of every kind what a model's code provokes
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UsageError(

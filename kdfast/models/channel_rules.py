@@ -48,10 +48,15 @@ def rule_of(node: fx.Node) -> Rule:
     name = _name(node)
     if name in _RULES:
         return _RULES[name]
+    pointwise = _is_tensor(node) and (name in _ELEMENTWISE or _is_pointwise(node.target, name))
+    return _elementwise if pointwise else _unknown
+
+
+def _is_pointwise(target: Any, name: str) -> bool:
+    """Whether an overload, or for one that works in place its functional twin, is tagged so."""
     plain = getattr(torch.ops.aten, name, None)
-    overloads = [getattr(plain, o) for o in plain.overloads()] if plain is not None else []
-    tagged = any(torch.Tag.pointwise in o.tags for o in overloads)
-    return _elementwise if tagged or name in _ELEMENTWISE else _unknown
+    twin = getattr(plain, getattr(target, "_overloadname", ""), None)
+    return any(torch.Tag.pointwise in getattr(op, "tags", ()) for op in (target, twin))
 
 
 def _name(node: fx.Node) -> str:
@@ -129,8 +134,8 @@ def _channels(graph: ChannelGraph, node: fx.Node, dim: int) -> Layout:
 def _weight(graph: ChannelGraph, node: fx.Node, weight: fx.Node, groups: int) -> Dims:
     """The layouts of a layer's weight, whose rows it puts out."""
     name = graph.name_of(weight)
-    if name is None:
-        raise Mismatch(f"its weight is computed ({weight.name}), not a parameter")
+    if name is None or not graph.is_parameter(name):
+        raise Mismatch(f"its weight ({weight.name}) is no parameter of the model")
     if graph.weights.setdefault(name, Weight(node, groups)).groups != groups:
         raise Mismatch(f"{name} is used with other groups elsewhere")
     dims = graph.parameters[name]
@@ -239,7 +244,9 @@ def _along(graph: ChannelGraph, node: fx.Node) -> Dims:
     dims = graph.dims(x)
     given = _arguments(node)
     where = given.get("dim", given.get("dims"))
-    touched = {d % len(sizes(x)) for d in ([where] if isinstance(where, int) else where or ())}
+    rank = len(sizes(x))
+    # Without dimensions, roll works on all of them.
+    touched = {d % rank for d in ([where] if isinstance(where, int) else where or range(rank))}
     over = {d: dims[d] for d in touched if d in dims}
     graph.require_all(over, node, f"its {_name(node)} runs along channels")
     return dims
