@@ -299,6 +299,9 @@ def _examined(
 
 
 def _write_table(run: Evolution, entries: list[dict[str, Any]]) -> None:
+    """Of all generations that are there: of a finished run no row goes while it is read."""
+    if Link(run.chain, len(entries)).path.exists():
+        return
     text = as_csv(entries, run.chain.path.name, run.split.rate, slim=run.slims)
     if not run.chain.table.exists() or run.chain.table.read_text() != text:
         write_atomic(run.chain.table, text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from kdfast.models import (
     parameter_count,
     save_weights,
 )
+from kdfast.models.channel_graph import tracing
 from kdfast.training.evaluate import evaluate_all
 from kdfast.training.journal import say
 from kdfast.training.run_folder import RunFolder, write_atomic
@@ -87,8 +87,7 @@ def program_of(slim: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     example = torch.zeros(2, 3, *inputs.size)
     batch = {0: torch.export.Dim("batch", min=1)}
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about itself
+        with tracing():
             return torch.export.export(slim.eval(), (example,), dynamic_shapes=(batch,))
     except Exception as error:  # whatever a model's code provokes in the tracer
         reason = " ".join(str(error).split())[:300] or type(error).__name__
