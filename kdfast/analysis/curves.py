@@ -27,7 +27,8 @@ _SIDE = 60_000  # pixels; matplotlib draws no more than 65,535
 
 
 def draw_curves(table: Table) -> bytes:
-    """A PNG with a panel a block and a line a row: the mean over seeds of `eval_<metric>` an epoch.
+    """A PNG with a panel a block and a line a row: the mean over seeds of `eval_<metric>` an epoch
+    that was evaluated.
 
     The band is one sample standard deviation to either side, where there are several seeds.
     """
@@ -73,8 +74,11 @@ def _draw(
 ) -> None:
     lowest, longest = math.inf, 0
     for row in block.rows:
-        scores = np.array([run.curves[f"eval_{metric}"] for run in row.runs])  # [seeds, epochs]
-        mean, epochs = scores.mean(0), np.arange(1, scores.shape[1] + 1)
+        curves = [run.curves[f"eval_{metric}"] for run in row.runs]
+        scores = np.array(curves, dtype=float)  # [seeds, epochs], NaN where not evaluated
+        epochs = 1 + np.flatnonzero(~np.isnan(scores).any(0))
+        scores = scores[:, epochs - 1]
+        mean = scores.mean(0)
         marker = "o" if len(epochs) <= 20 else None
         style = styles[row.label, _is_baseline(block, row)]
         panel.plot(epochs, mean, **style, lw=1.6, marker=marker, ms=3.5, label=_legend(row))
@@ -85,7 +89,7 @@ def _draw(
             )
         # A long run's first epochs would press its later ones into a strip.
         first = len(mean) // 10 if len(mean) >= 20 else 0
-        lowest, longest = min(lowest, mean[first:].min()), max(longest, len(mean))
+        lowest, longest = min(lowest, mean[first:].min()), max(longest, epochs[-1])
     taught = [row.teacher_top1.mean for row in block.rows if row.teacher_top1]
     highest = max(row.best.mean for row in block.rows)
     if taught and metric == "top1":

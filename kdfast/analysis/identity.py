@@ -10,7 +10,8 @@ from kdfast.training.layout import FREE
 
 # What a resumed run may change, its length apart. Every seed may have a teacher of its own.
 _INCIDENTAL = FREE - {"epochs"} | {
-    "seed", "teacher-checksum", "heads-checksum", "method", "methods",
+    "seed", "teacher-checksum", "heads-checksum", "masks-checksum", "parent-checksum", "method",
+    "methods",
 }  # fmt: skip
 # What a network trained on labels alone does not depend on.
 _DISTILLING = {
@@ -31,6 +32,8 @@ def identity(run: Run, *, alone: bool = False) -> dict[str, Any]:
         omitted.discard("data-dir")  # there the folder is the data set
     if alone or not run.methods:
         omitted |= _DISTILLING
+    if "split-rate" in options:
+        omitted.discard("generation")  # evolved ones learn from labels, but inherit
     found = {key: value for key, value in options.items() if key not in omitted}
     if alone:
         return found

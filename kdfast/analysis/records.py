@@ -91,8 +91,11 @@ def read_results(path: Path) -> tuple[dict[str, Any], dict[str, float], dict[str
     return content, content["last"], content["best"]
 
 
-def read_summary(path: Path) -> dict[str, list[float]]:
-    """The columns of a summary.csv; rows are epochs 1..n, accuracies lie in [0, 100]."""
+def read_summary(path: Path) -> dict[str, list[float | None]]:
+    """The columns of a summary.csv; rows are epochs 1..n, accuracies lie in [0, 100].
+
+    The scores of an epoch that was not evaluated are None, all of them.
+    """
     rows = csv.reader(read_text(path).splitlines(), strict=True)
     try:
         header, *lines = list(rows) or [[]]
@@ -101,14 +104,20 @@ def read_summary(path: Path) -> dict[str, list[float]]:
     for name in ("epoch", *(f"eval_{score}" for score in SCORES), *header):
         if header.count(name) != 1:
             raise UserError(f"{path}, line 1: expected one column {name}, got {','.join(header)}")
-    curves: dict[str, list[float]] = {name: [] for name in header}
+    curves: dict[str, list[float | None]] = {name: [] for name in header}
+    scores = [name for name in header if name.startswith("eval_")]
     if not lines:
         raise UserError(f"{path}, line 2: expected epoch 1, got nothing")
     for epoch, cells in enumerate(lines, start=1):
         where = f"{path}, line {epoch + 1}"
         if len(cells) != len(header):
             raise UserError(f"{where}: expected {len(header)} values, got {len(cells)}")
-        for name, cell in zip(header, cells, strict=True):
+        found = dict(zip(header, cells, strict=True))
+        skipped = not any(found[name] for name in scores)
+        for name, cell in found.items():
+            if skipped and name in scores:
+                curves[name].append(None)
+                continue
             try:
                 value = float(cell)
             except ValueError:
@@ -117,7 +126,7 @@ def read_summary(path: Path) -> dict[str, list[float]]:
         if curves["epoch"][-1] != epoch:
             raise UserError(f"{where}: expected epoch {epoch}, got {curves['epoch'][-1]:g}")
         for name in ("eval_top1", "eval_top5"):
-            if not 0 <= curves[name][-1] <= 100:
+            if not skipped and not 0 <= curves[name][-1] <= 100:
                 raise UserError(f"{where}: expected {name} in [0, 100], got {curves[name][-1]:g}")
     return curves
 

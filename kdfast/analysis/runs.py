@@ -34,7 +34,8 @@ class Run:
         methods: distillation methods by name with their options; empty for a student alone, a
             teacher, or any other network trained on labels.
         teacher: its teacher's name; None without methods.
-        curves: columns of `summary.csv` by name, a number an epoch; scores are in percent.
+        curves: columns of `summary.csv` by name, a number an epoch; scores are in percent, and
+            None of an epoch that was not evaluated.
         last, best: {epoch, top1, top5, loss}; best is of the first epoch of the highest top1.
         teacher_top1: percent; None without a teacher.
         parameters: count.
@@ -46,7 +47,7 @@ class Run:
     environment: dict[str, Any]
     methods: dict[str, dict[str, Any]]
     teacher: str | None
-    curves: dict[str, list[float]]
+    curves: dict[str, list[float | None]]
     last: dict[str, float]
     best: dict[str, float]
     teacher_top1: float | None
@@ -169,7 +170,9 @@ def read_run(path: Path) -> Run | Unfinished:
     if content.get("seed") != options["seed"]:
         wrong("seed", f"seed {options['seed']}, as args.yaml says, got {content.get('seed')!r}")
     top1 = curves["eval_top1"]
-    first_best = 1 + top1.index(max(top1))
+    if top1[-1] is None:
+        fail(summary, "", f"scores of the last epoch in line {done + 1}, got none")
+    first_best = 1 + top1.index(max(score for score in top1 if score is not None))
     if best["epoch"] != first_best:
         wrong("best", f"best epoch {first_best}, as summary.csv says, got {best['epoch']}")
     for name, scores in (("last", last), ("best", best)):

@@ -6,8 +6,10 @@ The rules for single operations are in channel_rules.py. Extends the split of Ta
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -265,6 +267,19 @@ class ChannelGraph:
         return (node for node in self.program.graph.nodes if node.op == "call_function")
 
 
+@contextmanager
+def tracing() -> Iterator[None]:
+    """What torch.export is to run in: no gradients, and nothing that torch says about itself."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
 def export(
     model: nn.Module, input_size: tuple[int, int, int], any_batch: bool = True
 ) -> torch.export.ExportedProgram:
@@ -275,8 +290,7 @@ def export(
     image = torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype)
     try:
         model.eval()
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with tracing():
             return torch.export.export(model, (image,), dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises of every kind what a model's code provokes
         reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -44,15 +44,22 @@ def train_classifier(
     run: RunFolder,
     *,
     resume: bool,
+    accuracy: bool = False,
+    parent: str | None = None,
+    **recorded: Any,
 ) -> dict[str, Any]:
-    """Train `model` with cross-entropy into `run`; returns the run's results, already written."""
-    arguments = arguments_of(options, accelerator, data)
+    """Train `model` with cross-entropy into `run`; returns the run's results, already written.
+
+    With `accuracy` the summary has that of the training images, too. `parent` is the checksum of
+    the weights that `model` came from, `recorded` is what the run's record holds beside `options`.
+    """
+    arguments = arguments_of(options, accelerator, data, **recorded)
     with run.claimed(accelerator, arguments, resume=resume):
         try_out(model, inputs, data.classes)
         train, held_out = make_loaders(options, data, inputs, accelerator)
         trainer = Trainer(
             accelerator,
-            Objective(Taps(model, []), label_smoothing=options.smoothing),
+            Objective(Taps(model, []), label_smoothing=options.smoothing, accuracy=accuracy),
             train,
             held_out,
             preparer(inputs, accelerator, channels_last=options.channels_last),
@@ -60,7 +67,7 @@ def train_classifier(
             options,
             StudentKeeper(
                 run,
-                metadata(model, options.model_kwargs, data, inputs, parent=None),
+                metadata(model, options.model_kwargs, data, inputs, parent),
                 options.save_epochs,
             ),
             arguments,

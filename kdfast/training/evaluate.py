@@ -53,9 +53,14 @@ def evaluate_all(
     ]
 
 
+def hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[B, min(5, C)] booleans: whether the label is the class of that rank by its logit."""
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+
+
 def _sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Of a batch: losses, correct ones, those among the first five, images; float64 [4]."""
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    ranked = hits(logits, labels)
     loss = F.cross_entropy(logits, labels, reduction="none")
     return torch.stack(
         [

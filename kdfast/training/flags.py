@@ -162,6 +162,14 @@ def training_flags(parser: Parser) -> None:
         "--freeze-bn",
         help="normalise the trained network with its running statistics, left as they are",
     )
+    flag(
+        group,
+        "--val-interval",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="evaluate after every N epochs, and after the last one",
+    )
     switch(group, "--model-ema", help="keep, evaluate and save an average of the weights")
     flag(group, "--model-ema-decay", type=fraction, default=0.9998, help="of that average")
 
@@ -224,15 +232,17 @@ def training_flags(parser: Parser) -> None:
     )
 
 
-def run_flags(parser: Parser) -> None:
+def run_flags(parser: Parser, *, recipe: str = "crd") -> None:
+    """`recipe` is taken on other sets than digits when none is given."""
     flag = parser.flag
+    parser.recipe = recipe
     group = parser.add_argument_group("run")
     flag(group, "-c", "--config", metavar="FILE", help="YAML of flags; flags given here win")
     flag(
         group,
         "--recipe",
         metavar="NAME",
-        help="published settings by name or .yaml file (default: digits on digits, else crd)",
+        help=f"published settings by name or .yaml file (default: digits on digits, else {recipe})",
     )
     parser.switch(group, "--print-config", help="print the merged options as YAML and stop")
     flag(group, "--output", default="output", metavar="PATH", help="where run folders go")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +17,16 @@ from kdfast.models import checksum, read_weights
 from kdfast.training.classifier import train_classifier
 from kdfast.training.distillation import describe_loss, distill
 from kdfast.training.journal import say
-from kdfast.training.layout import FREE
+from kdfast.training.links import Chain, Link, check_links
 from kdfast.training.objective import Choice, choose_methods
 from kdfast.training.parser import Parser
-from kdfast.training.run_folder import RunFolder, on_main
+from kdfast.training.run_folder import on_main
 from kdfast.training.setup import arguments_of, build_model, choose_inputs
 from kdfast.training.teaching import load_teacher
 from kdfast.training.transfer_flags import distill_flags
 
 METHOD = "born_again"
 SEED_STEP = 10
-
-
-class Chain(RunFolder):
-    """The folder of a chain, `links` in it, made when the first of them begins.
-
-    What is refused until then leaves nothing behind. `record` is the chain's `args.yaml`.
-    """
-
-    # With more epochs the links trained so far would change, and with them all that learnt of them.
-    free = frozenset(FREE - {"epochs"} | {"generations"})
-
-    def __init__(self, path: Path, record: dict[str, Any]):
-        super().__init__(path)
-        self.record, self.begun = record, False
-
-    def enter(self) -> None:
-        """Begin, unless that is done."""
-        if not self.begun:
-            self.begin(self.record)
-            self.begun = True
-
-
-class Link(RunFolder):
-    """The run folder of generation `generation` of `chain`."""
-
-    free = frozenset(FREE - {"epochs"})
-
-    def __init__(self, chain: Chain, generation: int):
-        super().__init__(chain.path / f"generation-{generation}")
-        self.chain, self.generation = chain, generation
-
-    def begin(self, arguments: dict[str, Any]) -> None:
-        self.chain.enter()
-        super().begin(arguments)
 
 
 def check_chain_flags(options: argparse.Namespace) -> None:
@@ -136,7 +101,7 @@ def train_chain(
     chain = Chain(path, record)
     links = [Link(chain, g) for g in range(start, options.generations)]
     with chain.claimed(accelerator, record, resume=options.resume is not None):
-        on_main(accelerator, lambda: _check_links(chain, links))
+        on_main(accelerator, lambda: check_links(chain, links, "learnt from"))
         say(
             f"generations {start} to {options.generations - 1} of {options.model} on {data.name}, "
             f"loss {describe_loss(choice)}, into {path}"
@@ -204,25 +169,6 @@ def _checksum_of_given(options: argparse.Namespace, data: ImageData, teacher: Pa
     own = argparse.Namespace(**vars(options))
     own.teacher_checkpoint, own.teacher_pretrained = str(teacher), False
     return checksum(load_teacher(own, data)[0].state_dict())
-
-
-def _check_links(chain: Chain, links: Sequence[Link]) -> None:
-    """Refuse a chain that has lost a link, or has more of them than are asked for."""
-    asked = links[-1].generation + 1
-    beyond = Link(chain, asked).path
-    if beyond.exists():
-        raise UsageError(
-            f"{chain.path} goes on to {beyond.name}; give --generations {asked + 1} or more, or "
-            "another --experiment"
-        )
-    for i, link in enumerate(links):
-        later = [after.path.name for after in links[i + 1 :] if after.path.exists()]
-        if later and not link.results.exists():
-            state = "is not finished" if link.path.exists() else "is missing"
-            raise UserError(
-                f"{link.path} {state}, yet {later[0]} is there, which learnt from it; put it back "
-                f"as it was, or remove {' '.join(later)} to train them anew"
-            )
 
 
 def _train(

@@ -179,6 +179,7 @@ class HeadsKeeper:
     ):
         self.run, self.records, self.answer = run, records, answer
         self.trunk, self.save_epochs = trunk, save_epochs
+        self.score_names = ["loss", "top1", "top5", *(f"top1_{r['layer']}" for r in records)]
         self.scores: list[dict[str, float]] = []
         self.due: list[bool] = []
 
@@ -217,10 +218,11 @@ class HeadsKeeper:
             self.trunk.save(scored.taps, row, better)
             modules = list(scored.heads)
             more = {"parent": checksum(scored.taps.model.state_dict())} if better else {}
-        for head, record, scores, due in zip(
-            modules, self.records, self.scores, self.due, strict=False
-        ):
-            full = record | more | {"epoch": row["epoch"], "top1": scores["top1"]}
+        if row["eval_top1"] is None:
+            self.due = [False] * len(self.records)
+        for head, record, due in zip(modules, self.records, self.due, strict=True):
+            top1 = row[f"eval_top1_{record['layer']}"]
+            full = record | more | {"epoch": row["epoch"], "top1": top1}
             if due:
                 save_head(self.run.path / "heads", head, full)
             if self.trunk is None and row["epoch"] in self.save_epochs:

@@ -18,7 +18,12 @@ SCORES = ("top1", "top5", "loss")
 
 
 class Keeper(Protocol):
-    """Scores and saves `scored`, the objective's student or the average of its weights."""
+    """Scores and saves `scored`, the objective's student or the average of its weights.
+
+    `score_names` are what `evaluate` answers with, in that order.
+    """
+
+    score_names: list[str]
 
     def evaluate(
         self,
@@ -34,21 +39,27 @@ class Keeper(Protocol):
         """Keep the scores of summary row `row` in `history`; whether it is the best epoch."""
 
     def save(self, scored: nn.Module, row: dict[str, Any], better: bool) -> None:
-        """Write the weights of the epoch of `row`; on the main process only."""
+        """Write the weights of the epoch of `row`; on the main process only.
+
+        Scores of an epoch that was not evaluated are None; it is not better then.
+        """
 
 
 class StudentKeeper:
     """One network: `last.safetensors`, `best.safetensors`, and `weights/` of `save_epochs`.
 
-    `metadata` goes into each file. The best epoch is that of the highest top-1, the first on ties.
+    `metadata` goes into each file. The best epoch is that of the highest top-1, the first on ties,
+    of those that were evaluated.
     """
+
+    score_names = ["loss", "top1", "top5"]  # noqa: RUF012 (never changed)
 
     def __init__(self, run: RunFolder, metadata: dict[str, Any], save_epochs: Collection[int] = ()):
         self.run, self.metadata, self.save_epochs = run, metadata, save_epochs
 
     def evaluate(self, scored, loader, accelerator, prepare, before_batch) -> dict[str, float]:
         scores = evaluate(lambda x: scored(x)[0], loader, accelerator, prepare, before_batch)
-        return {name: scores[name] for name in ("loss", "top1", "top5")}
+        return {name: scores[name] for name in self.score_names}
 
     def remember(self, history: dict[str, Any], row: dict[str, Any]) -> bool:
         scores = {"epoch": row["epoch"]} | {name: row[f"eval_{name}"] for name in SCORES}

@@ -65,7 +65,7 @@ def create_optimizer(objective: nn.Module, options: argparse.Namespace) -> Optim
 
 
 class Trainer:
-    """Trains `objective` on `train`, evaluates on `held_out` after every epoch, writes `run`.
+    """Trains `objective` on `train`, evaluates on `held_out` every so often, writes `run`.
 
     `prepare` maps a loader's uint8 images to the device, normalised; `keeper` scores and saves what
     was trained; `arguments` go into the run's record. With `resume` it goes on from the newest
@@ -143,6 +143,7 @@ class Trainer:
         return dict(self.history)
 
     def _run_epoch(self, epoch: int) -> None:
+        options = self.options
         started = time.perf_counter() - self.progress.seconds
         self.schedule.start_epoch(epoch)
         self.objective.start_epoch(epoch)
@@ -152,12 +153,13 @@ class Trainer:
         else:
             # Dropout is then a function of (seed, epoch, process), whatever ran before.
             rank = self.accelerator.process_index
-            seed_process(derive_seed(self.options.seed, "train", epoch, rank))
+            seed_process(derive_seed(options.seed, "train", epoch, rank))
         sums = self._train_epoch(started)
         losses, images = self._means(sums)
         trained = time.perf_counter() - started
         self._share_state()
-        scores = self._evaluate(sums, started)
+        due = (epoch + 1) % options.val_interval == 0 or epoch + 1 == options.epochs
+        scores = self._evaluate(sums, started) if due else dict.fromkeys(self.keeper.score_names)
         row = {"epoch": epoch + 1}
         row |= {f"train_{name}": value for name, value in losses.items()}
         row |= {f"eval_{name}": score for name, score in scores.items()}
@@ -165,7 +167,7 @@ class Trainer:
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["images_per_second"] = round(images / trained, 1)
         row["seconds"] = round(time.perf_counter() - started, 3)
-        better = self.keeper.remember(self.history, row)
+        better = due and self.keeper.remember(self.history, row)
         self.progress = Progress(Position(epoch + 1), self._no_sums())
         on_main(self.accelerator, lambda: self._close_epoch(row, better))
         self._save()
@@ -312,7 +314,7 @@ class Trainer:
         tags = {
             k.replace("_", "/", 1) if k.startswith(("train_", "eval_")) else f"train/{k}": v
             for k, v in row.items()
-            if k not in ("epoch", "seconds")
+            if k not in ("epoch", "seconds") and v is not None
         }
         self.tracker.log(tags, step=row["epoch"])
         terms, epochs = self.objective.term_names, self.options.epochs

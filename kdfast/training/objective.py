@@ -23,6 +23,7 @@ from kdfast.methods import (
 )
 from kdfast.models import Taps, default_stages, penultimate
 from kdfast.seeding import derive_seed, local_randomness
+from kdfast.training.evaluate import hits
 from kdfast.training.staging import choose_init, read_init
 
 
@@ -292,7 +293,8 @@ class Objective(Trained):
 
     `forward(images, labels, teacher_logits, teacher_features, teacher_heads, indices)` returns the
     total (float32 scalar), the unweighted terms [len(term_names)] without gradient, and the
-    student's logits [B, C].
+    student's logits [B, C]. With `accuracy`, top-1 and top-5 of the training images in percent are
+    terms of no weight.
     """
 
     def __init__(
@@ -303,13 +305,16 @@ class Objective(Trained):
         gamma: float = 1.0,
         views: dict[str, tuple[list[int], list[int]]] | None = None,
         label_smoothing: float = 0.0,
+        accuracy: bool = False,
     ):
         super().__init__()
+        self.accuracy = accuracy
         self.student, self.learns_labels = student, True
         self.methods = nn.ModuleList(methods)
         self.weights, self.gamma = dict(weights or {}), gamma
         self.views, self.label_smoothing = dict(views or {}), label_smoothing
         self.term_names = ["ce", *(method.name for method in methods)]
+        self.term_names += ["top1", "top5"] * accuracy
 
     def setup(
         self,
@@ -387,4 +392,7 @@ class Objective(Trained):
                     term = method(student, teacher, labels)
                 total = total + self.weights[method.name] * term
                 terms.append(term)
+            if self.accuracy:
+                ranked = hits(logits.detach(), labels).float()
+                terms += [100 * ranked[:, 0].mean(), 100 * ranked.sum(1).mean()]
         return total, torch.stack([term.detach().float() for term in terms]), logits.detach()

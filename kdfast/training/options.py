@@ -21,7 +21,7 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     options = merge(
         parser,
         argv,
-        default_recipe=lambda dataset: "digits" if dataset == "digits" else "crd",
+        default_recipe=lambda dataset: "digits" if dataset == "digits" else parser.recipe,
         foreign=every_key() - set(parser.actions()),
         canonical=_canonical,
     )

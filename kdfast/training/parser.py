@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
         )
         self.fallbacks: dict[str, Any] = {}
+        self.recipe = "crd"  # the one for sets other than digits
 
     def error(self, message: str) -> None:
         raise UsageError(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kdfast.training.keeper import SCORES
 from kdfast.training.objective import Choice
 
 
@@ -16,12 +17,16 @@ def duration(seconds: float) -> str:
 
 def epoch_line(row: dict[str, Any], terms: list[str], epochs: int, left: str) -> str:
     """What is said of a finished epoch: a row of the summary, and the time left if it is known."""
-    losses = "  ".join(f"{name} {row[f'train_{name}']:.4g}" for name in terms)
-    return (
-        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}  "
-        f"{losses}  top1 {row['eval_top1']:.2f}  {row['images_per_second']:.0f} images/s"
-        + (f"  {left} left" if left else "")
-    )
+    said = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"loss {row['train_loss']:.4f}"]
+    said += [f"{_of_training(name)} {row[f'train_{name}']:.4g}" for name in terms]
+    if row["eval_top1"] is not None:
+        said.append(f"top1 {row['eval_top1']:.2f}")
+    said.append(f"{row['images_per_second']:.0f} images/s")
+    return "  ".join(said + [f"{left} left"] * bool(left))
+
+
+def _of_training(term: str) -> str:
+    return f"training {term}" if term in SCORES else term
 
 
 def comparison(

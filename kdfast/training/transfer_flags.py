@@ -8,7 +8,7 @@ from typing import Any
 from kdfast.methods import Option, find_method, method_names
 from kdfast.training.flags import data_flags, model_flags, run_flags, training_flags
 from kdfast.training.parser import Parser
-from kdfast.training.values import amount, assignment, fraction, natural, positive
+from kdfast.training.values import amount, assignment, fraction, inner, natural, positive
 
 
 def teacher_flags(parser: Parser) -> Any:
@@ -231,6 +231,51 @@ def generation_flags(parser: Parser) -> None:
     _method_flags(parser, group, ["born_again"])
 
 
+def evolution_flags(parser: Parser) -> None:
+    """Those of evolved generations: how many, how weights are split, how they are drawn."""
+    flag = parser.flag
+    group = parser.add_argument_group("generations")
+    flag(
+        group,
+        "--generations",
+        type=positive,
+        default=5,
+        help="how many, generation 0, the ordinary training, included",
+    )
+    flag(
+        group,
+        "--split-rate",
+        type=inner,
+        default=0.5,
+        metavar="RATE",
+        help="share of each layer's channels (kels) or weights (wels) that every generation "
+        "inherits, between 0 and 1",
+    )
+    flag(
+        group,
+        "--split-mode",
+        choices=("kels", "wels"),
+        default="kels",
+        help="kels: whole channels, which are a slim network; wels: single weights, drawn once",
+    )
+    flag(
+        group,
+        "--reset-init",
+        choices=("uniform", "construction"),
+        default="uniform",
+        help="what the other weights are drawn from: uniform within 1 / sqrt(fan-in), as "
+        "published, or what a new network has",
+    )
+    flag(
+        group,
+        "--init",
+        choices=("model", "kaiming-normal"),
+        default="model",
+        help="weights of a new network: as the model's code draws them, or convolutions and "
+        "linear layers Kaiming normal with fan-in",
+    )
+
+
 def head_flags(parser: Parser) -> None:
     flag = parser.flag
     group = parser.add_argument_group("heads")
@@ -267,8 +312,10 @@ def every_key() -> set[str]:
     for add in (data_flags, distill_flags, training_flags, run_flags):
         add(parser)
     model_flags(parser, student=True)
-    # Groups of other scripts, whose --teacher-layers and --teacher are not quite the same.
-    heads, chain = Parser(), Parser()
-    head_flags(heads)
-    generation_flags(chain)
-    return set(parser.actions()) | set(heads.actions()) | set(chain.actions())
+    # Groups of other scripts, whose flags of the same name are not quite the same.
+    keys = set(parser.actions())
+    for add in (head_flags, generation_flags, evolution_flags):
+        other = Parser()
+        add(other)
+        keys |= set(other.actions())
+    return keys

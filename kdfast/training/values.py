@@ -43,6 +43,13 @@ def share(text: str) -> float:
     return value
 
 
+def inner(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not at them, got {text}")
+    return value
+
+
 def number(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
