@@ -6,10 +6,11 @@ The rules for single operations are in channel_rules.py. Extends the split of Ta
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -273,7 +274,8 @@ def tracing() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        # It prints the graph that it fails on.
+        with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
