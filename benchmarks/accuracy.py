@@ -54,7 +54,7 @@ class Experiment:
 
     `before` are the runs that students build on, by name, with their script and flags; `flags` by
     the same words are what a student then says of them. Where train/distill.py trains its own,
-    there are none.
+    there are none. `more` are flags of single students.
     """
 
     common: str
@@ -63,11 +63,13 @@ class Experiment:
     before: dict[str, str] = field(default_factory=dict)
     flags: dict[str, str] = field(default_factory=lambda: {"linear": "", "deep": ""})
     students: tuple[str, ...] = tuple(CATALOGUE)
+    more: dict[str, str] = field(default_factory=dict)
 
     def command(self, output: Path | str, student: str, seed: int | str) -> str:
         """Into `output`/STUDENT-sSEED."""
         flags = {word: text.format(output=output) for word, text in self.flags.items()}
-        own = CATALOGUE[student].format(init=self.init, **flags)
+        own = f"{CATALOGUE[student]} {self.more.get(student, '')}"
+        own = own.format(init=self.init, **flags)
         teacher = "" if "--teacher-checkpoint" in own else self.common_teacher(output)
         return " ".join(
             f"train/distill.py {self.common} {teacher} {own} --seed {seed} --resume auto "
@@ -102,6 +104,7 @@ EXPERIMENTS = {
             "deep": "--teacher-checkpoint {output}/deep --heads {output}/deep",
         },
         students=tuple(s for s in CATALOGUE if not s.endswith("-staged") and s != "crd+kd"),
+        more={"fsp": "--beta 1", "crd": "--beta 0.1"},
     ),
 }
 
