@@ -234,9 +234,35 @@ class Branches(nn.Module):
         return torch.cat([second.relu(), first.sigmoid()], 1)
 
 
+class Crosswise(nn.Module):
+    """Halves by chunk, each with a layer of its own, joined the other way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 12, 1)
+        self.a, self.b = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        a, b = self.first(x).chunk(2, 1)
+        return torch.cat([self.b(b), a - self.a(a)], 1)
+
+
 class Restore(nn.Module):
     def forward(self, x):
         return x[:, :, None, None]
+
+
+class Shared(nn.Module):
+    """One weight in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 10, 1)
+        self.a, self.b = nn.Conv2d(10, 10, 3, padding=1), nn.Conv2d(10, 10, 3, padding=1)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.a(self.b(self.first(x)).relu())
 
 
 class Gate(nn.Module):
@@ -269,6 +295,8 @@ BODIES = {
     "without affine": lambda: nn.Sequential(
         nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12, affine=False), nn.InstanceNorm2d(12), nn.GELU()
     ),
+    "shared weight": Shared,
+    "cut and joined crosswise": Crosswise,
     "one dimension": lambda: nn.Sequential(
         nn.Conv2d(3, 12, 3), nn.Flatten(2), nn.Conv1d(12, 8, 3), nn.Unflatten(2, (2, 17))
     ),

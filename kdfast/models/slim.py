@@ -185,7 +185,7 @@ def extract_slim(
     slim = copy.deepcopy(model)
     for name in graph.parameters:
         _cut_tensor(slim, name, graph.runs(name, kept))
-    _tie_shared(model, slim)
+    _tie_shared(graph, slim)
     for name, module in list(slim.named_modules()):
         if name in graph.modules:
             module = _fit(graph, name, module, kept)
@@ -219,13 +219,16 @@ def _cut_tensor(slim: nn.Module, name: str, runs: tuple[Runs, ...]) -> None:
         owner.register_buffer(attribute, new, attribute not in owner._non_persistent_buffers_set)
 
 
-def _tie_shared(model: nn.Module, slim: nn.Module) -> None:
+def _tie_shared(graph: ChannelGraph, slim: nn.Module) -> None:
     """Let the slim network share the parameters that the dense one shares."""
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        path, _, attribute = name.rpartition(".")
-        source = first.setdefault(id(parameter), name)
-        if source != name:
+    names: dict[int, list[str]] = {}
+    for name, parameter in graph.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for same in names.values():
+        # Under the graph's name it has been cut.
+        source = next((name for name in same if name in graph.parameters), same[0])
+        for name in same:
+            path, _, attribute = name.rpartition(".")
             setattr(slim.get_submodule(path), attribute, slim.get_parameter(source))
 
 
