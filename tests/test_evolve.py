@@ -5,6 +5,7 @@ Numbers in parentheses are those of the acceptance checks in the method's specif
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import io
@@ -24,8 +25,17 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kdfast.analysis.evolution import draw_generations, read_generations
+from kdfast.data import eval_transform, open_data
 from kdfast.errors import UserError
-from kdfast.models import checksum, create_model, extract_slim, load_weights, read_weights, reset
+from kdfast.models import (
+    checksum,
+    create_model,
+    extract_slim,
+    load_weights,
+    read_weights,
+    reset,
+    save_weights,
+)
 from kdfast.ops import Key
 from kdfast.training import checkpoint
 from kdfast.training.evolution import build_network, seed_of
@@ -37,11 +47,13 @@ from conftest import ROOT, load_script  # isort: skip
 SCRIPT, CLASSIFIER, REPORT = "train/evolve.py", "train/classifier.py", "analysis/report.py"
 SMALL = ("--model", "cifar_resnet8", "--train-limit", 64, "--eval-limit", 64, "-b", 32)
 FLAGS = (*SMALL, "--epochs", 3, "--lr", 0.1, "--sched", "evolution-cosine", "--warmup-epochs", 1,
-         "--smoothing", 0.1, "--val-interval", 2, "--seed", 3)  # fmt: skip
+         "--smoothing", 0.1, "--weight-decay", 5e-4, "--val-interval", 2, "--seed", 3)  # fmt: skip
 RUN = ("--experiment", "run", "--output", ".")
-AGAIN = (*FLAGS, "--generations", 3, *RUN, "--resume", "auto")
+EVOLVED = (*FLAGS, "--init", "model")  # which train/classifier.py has alone
+AGAIN = (*EVOLVED, "--generations", 3, *RUN, "--resume", "auto")
 # Nothing moves: the last weights of a generation are those it began with.
-STILL = (*SMALL, "--epochs", 1, "--lr", 0, "--weight-decay", 0, "--freeze-bn", "--no-aug")
+STILL = (*SMALL, "--epochs", 1, "--lr", 0, "--warmup-epochs", 0, "--weight-decay", 0,
+         "--freeze-bn", "--no-aug")  # fmt: skip
 PUBLISHED = [
     "Date Finished", "Name", "Split Rate", "Bias Split Rate", "Current Val Top 1",
     "Current Val Top 5", "Best Val Top 1", "Best Val Top 5", "Current Tst Top 1",
@@ -61,7 +73,7 @@ def make(folder: Path, *flags: object) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory) -> Path:
-    flags = (*FLAGS, "--generations", 3, "--experiment", "run")
+    flags = (*EVOLVED, "--generations", 3, "--experiment", "run")
     return make(tmp_path_factory.mktemp("evolve"), *flags)
 
 
@@ -128,8 +140,6 @@ def test_generation_1_is_a_training_from_what_it_inherits(run_script, whole_run,
     model = network_of(whole_run, 0)
     reset(model, split.masks, Key(3, "reset", 1))
     _, metadata = read_weights(whole_run / "generation-0/last.safetensors")
-    from kdfast.models import save_weights
-
     save_weights(tmp_path / "begun.safetensors", model, metadata)
     flags = (*FLAGS, "--seed", seed_of(3, 1), "--initial-checkpoint", "begun.safetensors")
     code, _, err = run_script(CLASSIFIER, *flags, "--output", ".", "--experiment", "plain")
@@ -223,8 +233,6 @@ def test_generations_csv(whole_run):
 
 def test_training_accuracy(still_run):
     """Means over the images of an epoch: of a network that stands still, its accuracy on them."""
-    from kdfast.data import eval_transform, open_data
-
     data, model = open_data("digits", train_limit=64), network_of(still_run, 1)
     _, record = read_weights(still_run / "generation-1/last.safetensors")
     transform = eval_transform((32, 32), 1.0, "bilinear", 32)
@@ -330,8 +338,6 @@ def test_single_weights_have_no_slim_network(wels_run):
 
 def test_reset_init_construction(wels_run):
     """The new weights are those that the generation's new network has."""
-    import argparse
-
     before, after = state_of(wels_run, 0), state_of(wels_run, 1)
     own = argparse.Namespace(seed=seed_of(0, 1), model="cifar_resnet8", pretrained=False,
                              img_size=None, model_kwargs={}, initial_checkpoint=None,
@@ -488,7 +494,7 @@ def test_more_generations(run_script, run, whole_run):
     for path in (*link.glob("slim.*"), link / "results.json", run / "generations.csv",
                  run / "results.json"):  # fmt: skip
         path.unlink()
-    flags = (*FLAGS, *RUN, "--resume", "auto")
+    flags = (*EVOLVED, *RUN, "--resume", "auto")
     code, out, err = run_script(SCRIPT, *flags, "--generations", 1)
     assert code == 0, err
     rows = rows_of(run / "generations.csv")
@@ -501,10 +507,11 @@ def test_more_generations(run_script, run, whole_run):
     assert rows_of(run / "generations.csv")[0]["Date Finished"] == rows[0]["Date Finished"]
 
 
-def test_two_processes_equal_one(still_run, tmp_path):
-    flags = (*SMALL[:-1], 16, "--epochs", 1, "--generations", 2, "--freeze-bn")
+def test_two_processes_equal_one(tmp_path):
+    flags = ("--epochs", 1, "--generations", 2, "--freeze-bn", "--lr", 0.05)
     torchrun = Path(sys.executable).parent / "torchrun"
-    command = [torchrun, "--nproc_per_node", 2, ROOT / SCRIPT, *flags, "--experiment", "two"]
+    command = [torchrun, "--nproc_per_node", 2, ROOT / SCRIPT, *SMALL[:-1], 16, *flags]
+    command += ["--experiment", "two"]
     done = subprocess.run(
         [str(word) for word in command],
         cwd=tmp_path,
@@ -514,7 +521,7 @@ def test_two_processes_equal_one(still_run, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads(done.stdout.splitlines()[-1])
-    one = make(tmp_path, *flags[:6], "-b", 32, *flags[8:], "--experiment", "run")
+    one = make(tmp_path, *SMALL, *flags, "--experiment", "run")
     assert (two["processes"], two["global_batch"]) == (2, 32)
     for mine, other in zip(two["generations"], results_of(one)["generations"], strict=True):
         assert mine["masks"] == other["masks"]
@@ -639,7 +646,7 @@ def test_a_parent_of_other_weights_is_refused(refused, run):
 
 
 def test_a_parent_of_another_architecture_is_refused(refused, run_script, run):
-    flags = (*FLAGS, "--epochs", 1, "--generations", 1, "--model", "cifar_resnet14")
+    flags = (*EVOLVED, "--epochs", 1, "--generations", 1, "--model", "cifar_resnet14")
     assert run_script(SCRIPT, *flags, "--experiment", "other", "--output", ".")[0] == 0
     for name in ("generation-1", "generation-2"):
         shutil.rmtree(run / name)
