@@ -433,7 +433,7 @@ def test_a_run_and_what_it_may_be_resumed_on(run_script, refused, teacher_run, t
     code, out, err = run_script(DISTILL, *flags, "--method", "crd", "kd")
     assert code == 0, err
     assert out.count("with replacement") == 1 and "crd: fc:in -> fc:in\n" in out
-    assert "0.1 * ce + 0.1 * crd + 0.9 * kd" in out, "the weights of recipe digits"
+    assert "0.1 * ce + 0.02 * crd + 0.9 * kd" in out, "the weights of recipe digits"
     run = tmp_path / "output" / "mine"
     with (run / "summary.csv").open() as file:
         row = next(csv.DictReader(file))

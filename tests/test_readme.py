@@ -71,6 +71,17 @@ def test_accuracies_are_those_of_the_committed_runs(name):
         assert text in line
 
 
+def test_generations_are_those_of_the_committed_run():
+    with (ROOT / "benchmarks/results/evolution-digits.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for dense, slim in zip(rows[::2], rows[1::2], strict=True):
+        top1 = dense["Current Tst Top 1"], slim["Current Tst Top 1"]
+        masked = f"{float(slim['masked_top1']):.2f}"
+        assert f"| {dense['generation']} | {top1[0]} | {top1[1]} | {masked} |" in README
+        for row in (dense, slim):
+            assert f"{int(row['parameters']):,}" in README
+
+
 def named(row: dict[str, str]) -> str:
     """How the README's table calls a row of a committed one."""
     method, _, options = row["method"].partition(" (")

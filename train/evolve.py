@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Evolve a network on a small set: generation after generation, part inherited, part drawn anew.
 
-    python train/evolve.py                              three of cifar_resnet20 on digits, a minute
+    python train/evolve.py                              three of cifar_resnet20 on digits, 100 s
     accelerate launch train/evolve.py --dataset flowers102 --data-dir DIR --download
     torchrun --nproc_per_node 4 train/evolve.py --dataset folder --data-dir DIR --model resnet50 \\
         --split-rate 0.8 --generations 11

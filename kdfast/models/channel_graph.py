@@ -95,6 +95,7 @@ class ChannelGraph:
                 self._call(node)
             elif node.op == "output":
                 self._answer(node)
+        first = first_names(self.model)
         for name, module in self.model.named_modules():
             weight = f"{name}.weight" if name else "weight"
             if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -102,8 +103,8 @@ class ChannelGraph:
                     f"cannot split {self.name}: layer '{name}' is a transposed convolution, for "
                     "which there is no rule"
                 )
-            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and not (
-                self.weights.keys() & self._same(weight)
+            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and (
+                first.get(weight) not in self.weights
             ):
                 raise UsageError(
                     f"cannot split {self.name}: layer '{name}' is not used in evaluation; build "
@@ -111,18 +112,16 @@ class ChannelGraph:
                     "aux_logits=False)"
                 )
 
-    def _same(self, name: str) -> set[str]:
-        """The names of the parameter called `name`, shared ones have several."""
-        every = dict(self.model.named_parameters(remove_duplicate=False))
-        return {other for other, value in every.items() if value is every.get(name)}
-
     def _placeholders(self) -> dict[fx.Node, str | None]:
         """Placeholder -> name of a parameter or buffer, None for a constant; images have none."""
         signature = self.program.graph_signature
         named = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
         constants = dict.fromkeys(signature.inputs_to_lifted_tensor_constants)
         nodes = {n.name: n for n in self.program.graph.nodes if n.op == "placeholder"}
-        return {nodes[name]: target for name, target in (named | constants).items()}
+        first = first_names(self.model)
+        return {
+            nodes[name]: first.get(target, target) for name, target in (named | constants).items()
+        }
 
     def name_of(self, node: Any) -> str | None:
         """The parameter or buffer that `node` is."""
@@ -145,6 +144,8 @@ class ChannelGraph:
         if node not in self._names:
             # The input: image channels all stay.
             return {1: new_layout(shape[1], fixed=True)}
+        if name in self.parameters:
+            return dict(self.parameters[name])
         free = {d: new_layout(size, fixed=name is None) for d, size in enumerate(shape)}
         if name is not None:
             self.parameters[name] = free
@@ -302,6 +303,13 @@ def export(
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Name of a parameter -> the first one of the same parameter, which layers may share."""
+    names: dict[int, str] = {}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: names.setdefault(id(parameter), name) for name, parameter in every}
 
 
 def sizes(node: fx.Node) -> tuple[int, ...]:

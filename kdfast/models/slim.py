@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import UsageError
-from kdfast.models.channel_graph import ChannelGraph
+from kdfast.models.channel_graph import ChannelGraph, first_names
 from kdfast.models.channel_sets import Kept, kept_runs, length
 from kdfast.models.group_norm import SplitGroupNorm
 from kdfast.models.masked import MaskedDense
@@ -185,7 +185,7 @@ def extract_slim(
     slim = copy.deepcopy(model)
     for name in graph.parameters:
         _cut_tensor(slim, name, graph.runs(name, kept))
-    _tie_shared(graph, slim)
+    _tie_shared(model, slim)
     for name, module in list(slim.named_modules()):
         if name in graph.modules:
             module = _fit(graph, name, module, kept)
@@ -219,17 +219,11 @@ def _cut_tensor(slim: nn.Module, name: str, runs: tuple[Runs, ...]) -> None:
         owner.register_buffer(attribute, new, attribute not in owner._non_persistent_buffers_set)
 
 
-def _tie_shared(graph: ChannelGraph, slim: nn.Module) -> None:
+def _tie_shared(model: nn.Module, slim: nn.Module) -> None:
     """Let the slim network share the parameters that the dense one shares."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in graph.model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for same in names.values():
-        # Under the graph's name it has been cut.
-        source = next((name for name in same if name in graph.parameters), same[0])
-        for name in same:
-            path, _, attribute = name.rpartition(".")
-            setattr(slim.get_submodule(path), attribute, slim.get_parameter(source))
+    for name, first in first_names(model).items():
+        path, _, attribute = name.rpartition(".")
+        setattr(slim.get_submodule(path), attribute, slim.get_parameter(first))
 
 
 def _put(slim: nn.Module, name: str, module: nn.Module) -> None:
