@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Accuracy over seeds of declared experiments: the README's tables.
 
-    python benchmarks/accuracy.py digits                every method, 5 seeds, about 40 minutes
+    python benchmarks/accuracy.py digits                every method, 5 seeds, about an hour
     python benchmarks/accuracy.py fashion-mnist         every method, 3 seeds, about an hour
 
 Runs land in OUTPUT/NAME; finished ones are not repeated, interrupted ones go on. Then

@@ -265,9 +265,6 @@ class ChannelGraph:
         dims = self.parameters[name]
         return tuple(kept_runs(dims[d], kept) for d in sorted(dims))
 
-    def nodes(self) -> Iterator[fx.Node]:
-        return (node for node in self.program.graph.nodes if node.op == "call_function")
-
 
 @contextmanager
 def tracing() -> Iterator[None]:

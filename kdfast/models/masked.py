@@ -34,8 +34,8 @@ class MaskedDense(nn.Module):
         self.kept = graph.keep_masks(masks) if block else None
 
     def forward(self, x: Tensor) -> Tensor:
-        # By every name, for the graph may have another one of a shared tensor.
-        tensors = dict(self.model.named_parameters(remove_duplicate=False))
+        tensors = dict(self.model.named_parameters())
+        # By every name, for the graph may have another one of a shared buffer.
         tensors |= self.model.named_buffers(remove_duplicate=False)
         self.masks = {name: mask.to(x.device) for name, mask in self.masks.items()}
         return _Masking(self.graph, self.masks, self.kept, tensors).run(x)[0]
