@@ -673,7 +673,7 @@ def test_cells_as_matlab_writes_them(tmp_path, order):
     (tmp_path / "list.mat").write_bytes(content)
     assert cell_strings(tmp_path / "list.mat", "file_list", "") == names
     if order == "<":
-        read = loadmat(tmp_path / "list.mat")["file_list"]
+        read = loadmat(tmp_path / "list.mat", uint16_codec="utf-16-le")["file_list"]
         assert [cell.item() for cell in read.ravel()] == names
 
 
