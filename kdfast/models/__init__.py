@@ -1,5 +1,6 @@
 """Models by name, their features, their parts and their weights."""
 
+from kdfast.models.default_tap import default_tap
 from kdfast.models.factory import (
     aliases,
     architecture,
@@ -16,6 +17,7 @@ from kdfast.models.slim import extract_slim, reset, split_masks
 from kdfast.models.split import split_at
 from kdfast.models.stages import default_stages, pair_stages
 from kdfast.models.taps import Taps, classifier_name, find_layer, penultimate
+from kdfast.models.transnet import TransNet
 from kdfast.models.weights import checksum, load_weights, read_weights, save_weights, unwrap
 
 __all__ = [
@@ -25,12 +27,14 @@ __all__ = [
     "LinearHead",
     "MountedHeads",
     "Taps",
+    "TransNet",
     "aliases",
     "architecture",
     "checksum",
     "classifier_name",
     "create_model",
     "default_stages",
+    "default_tap",
     "extract_slim",
     "find_layer",
     "fixed_input_size",
