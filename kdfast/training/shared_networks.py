@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,14 @@ def shared_run(
 
 
 def shared_classifier(
-    own: argparse.Namespace, accelerator: Accelerator, data: ImageData, run: RunFolder, said: str
+    own: argparse.Namespace,
+    accelerator: Accelerator,
+    data: ImageData,
+    run: RunFolder,
+    said: str,
+    train: Callable[..., Any] = train_classifier,
 ) -> RunFolder:
-    """`run` with a network of `own` in it, trained unless that was done before.
+    """`run` with a network of `own` in it, trained (by `train`) unless that was done before.
 
     `said` is what the network is called when the user is told.
     """
@@ -75,5 +80,5 @@ def shared_classifier(
     model = build_model(own, data.classes, seed_name="network")
     fed = choose_inputs(own, data, model)
     begun = on_main(accelerator, run.path.exists)
-    train_classifier(own, accelerator, data, model, fed, run, resume=begun)
+    train(own, accelerator, data, model, fed, run, resume=begun)
     return run
