@@ -74,7 +74,7 @@ def train_classifier(
             preparer(inputs, accelerator, channels_last=options.channels_last),
             run,
             options,
-            StudentKeeper(run, about, options.save_epochs),
+            StudentKeeper(run, about, options.save_epochs, data.parts),
             arguments,
             resume=resume,
         )
@@ -107,7 +107,7 @@ def score(
     layout = torch.channels_last if options.channels_last else torch.preserve_format
     model = model.to(accelerator.device, memory_format=layout).eval()
     prepare = preparer(inputs, accelerator, channels_last=options.channels_last)
-    scores = evaluate(model, held_out, accelerator, prepare)
+    scores = evaluate(model, held_out, accelerator, prepare, parts=data.parts)
     weights = own.initial_checkpoint and str(weights_path(own.initial_checkpoint))
     return {
         "weights": weights or "pretrained",

@@ -121,6 +121,7 @@ def _open(options: argparse.Namespace, *, download: bool) -> ImageData:
         eval_split=options.val_split,
         test_split=options.test_split,
         classes=options.num_classes,
+        train_half=options.train_half,
         train_limit=options.train_limit,
         eval_limit=options.eval_limit,
     )
@@ -247,7 +248,9 @@ def make_loaders(
 ) -> tuple[Loader, Loader]:
     """Training and evaluation batches of this process."""
     native = data.image_size
-    held_out = eval_transform(inputs.size, options.crop_pct, options.interpolation, native)
+    held_out = eval_transform(
+        inputs.size, options.crop_pct, options.interpolation, native, options.crop_mode or "center"
+    )
     small = native is not None and inputs.size == (native, native)
     augmentation = Augmentation(
         crop=options.train_crop_mode or ("pad" if small else "rrc" if native is None else "none"),
@@ -286,6 +289,13 @@ def make_loaders(
     eval_plan = BatchPlan(len(data.eval), size, drop_last=options.eval_drop_last, **place)
     if eval_plan.steps == 0:
         raise UsageError("--eval-drop-last leaves no evaluation batch; lower --batch-size")
+    if options.eval_drop_last:
+        for name, part in data.parts.items():
+            if eval_plan.steps * eval_plan.global_batch <= part.start:
+                raise UsageError(
+                    f"--eval-drop-last leaves no image of {name} in the evaluation split of "
+                    f"{data.name}; lower --batch-size"
+                )
     common = {"classes": data.classes, "workers": workers, "pin_memory": gpu}
     return (
         Loader(data.train, training, train_plan, **common),
