@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run_name(options: argparse.Namespace, data: ImageData) -> str:
-    parts = ["classifier", data.name, options.model, f"s{options.seed}"]
+    half = [f"half-{options.train_half}"] * bool(options.train_half)
+    parts = ["classifier", data.name, *half, options.model, f"s{options.seed}"]
     return "-".join(parts).replace("/", "_").replace(":", ".")
 
 

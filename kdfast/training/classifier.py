@@ -69,6 +69,7 @@ def train_classifier(
                 run,
                 metadata(model, options.model_kwargs, data, inputs, parent),
                 options.save_epochs,
+                data.parts,
             ),
             arguments,
             resume=resume,
@@ -102,7 +103,7 @@ def score(
     layout = torch.channels_last if options.channels_last else torch.preserve_format
     model = model.to(accelerator.device, memory_format=layout).eval()
     prepare = preparer(inputs, accelerator, channels_last=options.channels_last)
-    scores = evaluate(model, held_out, accelerator, prepare)
+    scores = evaluate(model, held_out, accelerator, prepare, parts=data.parts)
     weights = own.initial_checkpoint and str(weights_path(own.initial_checkpoint))
     return {
         "weights": weights or "pretrained",
