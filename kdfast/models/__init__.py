@@ -16,6 +16,7 @@ from kdfast.models.slim import extract_slim, reset, split_masks
 from kdfast.models.split import split_at
 from kdfast.models.stages import default_stages, pair_stages
 from kdfast.models.taps import Taps, classifier_name, find_layer, penultimate
+from kdfast.models.transnet import TransNet
 from kdfast.models.weights import checksum, load_weights, read_weights, save_weights, unwrap
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "LinearHead",
     "MountedHeads",
     "Taps",
+    "TransNet",
     "aliases",
     "architecture",
     "checksum",
