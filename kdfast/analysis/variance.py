@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +41,6 @@ class Measured:
     Attributes:
         label: what tables and chart call it.
         report: what `VarianceReport.compute()` returned.
-        scope: `channel` or `global`, what variances are about.
         gates: the K - 1 gates, p_0 first.
         facts: what was measured, by name, in the order of reading.
         generation: of network B in a chain, where it is of one.
@@ -47,7 +48,6 @@ class Measured:
 
     label: str
     report: Mapping[str, Any]
-    scope: str
     gates: tuple[float, ...]
     facts: Mapping[str, str]
     generation: int | None = None
@@ -69,19 +69,14 @@ class Measured:
             return self.report["relative"]["orders"][int(name.removeprefix("order"))]
         return self.report["relative"][name]
 
-    def covariances(self) -> dict[tuple[int, int], float]:
-        """By the two orders, the smaller first."""
-        found = self.report["covariances"].items()
-        return {tuple(map(int, key.split(","))): value for key, value in found}
-
     def rows(self) -> list[tuple[str, float, float]]:
         """Every quantity with its variance (or covariance) and that divided by Var(target)."""
         names = [*self.parts, "target", "output"]
         found = [(name, self.variance(name), self.relative(name)) for name in names]
         target = self.variance("target")
         return found + [
-            (f"cov(order{m},order{n})", value, value / target if target else float("nan"))
-            for (m, n), value in self.covariances().items()
+            (f"cov({pair})", value, value / target if target else math.nan)
+            for pair, value in self.report["covariances"].items()
         ]
 
     def notes(self) -> list[str]:
@@ -157,7 +152,7 @@ def table(measured: Sequence[Measured]) -> list[list[str]]:
 
 
 def _share(value: float) -> str:
-    return f"{value:.2%}" if value == value else "-"
+    return f"{value:.2%}" if math.isfinite(value) else "-"
 
 
 def as_text(measured: Sequence[Measured]) -> str:
@@ -196,7 +191,7 @@ def as_markdown(measured: Sequence[Measured], *, title: str, picture: str) -> st
         facts = dict(one.facts) | ({"gates": gates_text(one.gates)} if one.gates else {})
         lines += [f"* {name}: {_plain(fact)}" for name, fact in facts.items()]
         lines += [f"* note: {note}" for note in one.notes()] + [""]
-    scopes = sorted({one.scope for one in measured})
+    scopes = sorted({one.report["mean_scope"] for one in measured})
     reading = [f"Variance: {_SCOPES[scope]}." for scope in scopes] + list(_READING)
     lines += ["## How to read it", "", *(f"* {line}" for line in reading)]
     return "\n".join(lines) + "\n"
@@ -248,7 +243,8 @@ def _bars(panel: Any, measured: Sequence[Measured], names: Sequence[str]) -> Non
             panel.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
     # The whole of B's feature.
     panel.axhline(100, color="#333333", lw=0.8, ls=":")
-    panel.set_xticks(range(len(measured)), [_wrapped(one.label) for one in measured], fontsize=8)
+    labels = _short([one.label for one in measured])
+    panel.set_xticks(range(len(measured)), labels, fontsize=8)
     for tick in panel.get_xticklabels():
         tick.set_parse_math(False)
     panel.tick_params(axis="x", length=0)
@@ -273,8 +269,11 @@ def _words(name: str) -> str:
     return {"residual": "residual", "output": "output g"}.get(name, name.replace("order", "order "))
 
 
-def _wrapped(label: str) -> str:
-    return textwrap.fill(label, 18)
+def _short(labels: Sequence[str]) -> list[str]:
+    """The labels without the words that all begin with, in lines that fit below a group."""
+    shared = os.path.commonprefix(labels) if len(labels) > 1 else ""
+    cut = max(shared.rfind(mark) for mark in "-/_ ") + 1
+    return [textwrap.fill(label[cut:], 18) for label in labels]
 
 
 def _over_generations(panel: Any, chain: Sequence[tuple[int, float]]) -> None:
