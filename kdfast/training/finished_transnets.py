@@ -137,16 +137,18 @@ def options_of_run(
             f"no Trans-Net at {path}; give a run folder of train/transnet.py, or a weights file"
         )
     own = copy.copy(options)
+    own.output = parser.fallbacks["output"]
     if record_file.is_file() and (path.is_dir() or path.suffix == ".safetensors"):
         recorded, where = _recorded(record_file), str(record_file)
-        for key, action in parser.actions().items():
-            if action.dest in _dests(data_flags, pair_flags) - options.given:
-                value = parser.fallbacks[action.dest]
-                if key in recorded:
-                    value = parser.converted(key, recorded[key], where, key)
-                    setattr(own, action.dest, value)
-                elif not any(name in recorded for name in action.option_strings):
-                    setattr(own, action.dest, value)
+        theirs = {*_dests(data_flags, pair_flags), "seed"} - options.given
+        # Of the run, whose caches lie there: --output is of the results.
+        own.output = str(recorded.get("output", own.output))
+        for dest in theirs:
+            setattr(own, dest, parser.fallbacks[dest])
+        for key, value in recorded.items():
+            action = parser.actions().get(key)
+            if action and action.dest in theirs:
+                setattr(own, action.dest, parser.converted(key, value, where, key))
         own.model_kwargs = dict(own.model_kwargs or ())
         own.dataset = dataset_name(own.dataset)
     if "features" not in options.given:
