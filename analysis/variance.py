@@ -34,7 +34,7 @@ from kdfast.analysis.variance import (
     per_channel_csv,
 )
 from kdfast.training.features import Features
-from kdfast.training.finished_transnets import Finished, open_finished, transnet_parser
+from kdfast.training.finished_transnets import Finished, analysis_parser, open_finished
 from kdfast.training.journal import say
 from kdfast.training.measure import measure
 from kdfast.training.options import parse
@@ -45,7 +45,7 @@ from kdfast.training.setup import print_config, start
 
 @script
 def main(argv: Sequence[str]) -> None:
-    parser = transnet_parser(
+    parser = analysis_parser(
         "analysis/variance.py",
         __doc__,
         runs="*",
@@ -118,8 +118,7 @@ def output_folder(options, folders: Sequence[Path]) -> Path:
 
 def tell_and_write(measured: Sequence[Measured], folder: Path, split: str) -> None:
     """Print the table and write all files."""
-    names = sorted({one.facts["data set"] for one in measured})
-    title = f"Knowledge consistency on {', '.join(names)}, {split} split"
+    title = f"Knowledge consistency, {split} split"
     say(as_text(measured))
     for one in measured:
         for note in one.notes():

@@ -1,4 +1,4 @@
-"""Variance reports: the table, the files and the chart, and what `analysis/variance.py` measures."""
+"""Variance reports: table, files and chart, and what `analysis/variance.py` measures."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ def test_csv_holds_every_quantity_in_full():
         assert float(found[f"order{n}"]["variance"]) == one.report["orders"][n]
         assert float(found[f"order{n}"]["relative"]) == one.report["orders"][n] / target
     assert float(found["residual"]["relative"]) == one.report["residual"] / target
-    assert float(found["cov(order0,order2)"]["variance"]) == (
-        one.report["covariances"]["order0,order2"]
+    assert (
+        float(found["cov(order0,order2)"]["variance"])
+        == (one.report["covariances"]["order0,order2"])
     )
     orders = sum(float(found[f"order{n}"]["variance"]) for n in range(3))
     pairs = ("order0,order1", "order0,order2", "order1,order2")

@@ -1,4 +1,4 @@
-"""Pictures of features: which channels, in which colours, and what `analysis/visualize.py` writes."""
+"""Pictures of features: channels, colours, and what `analysis/visualize.py` writes."""
 
 from __future__ import annotations
 

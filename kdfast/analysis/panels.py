@@ -151,9 +151,7 @@ def _symmetric(largest: float) -> Normalize:
     return Normalize(-largest, largest)
 
 
-def map_images(
-    source: np.ndarray, target: np.ndarray, orders: np.ndarray
-) -> Mapping[str, bytes]:
+def map_images(source: np.ndarray, target: np.ndarray, orders: np.ndarray) -> Mapping[str, bytes]:
     """Every map of one channel as a PNG of its own, in the colours of `draw_channel`.
 
     `input`, `target`, `output`, `order0` and so on, `residual`. A value is a square of as many

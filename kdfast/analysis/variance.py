@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +82,7 @@ class Measured:
     def notes(self) -> list[str]:
         """What a reader should be warned of."""
         constant, channels = self.report["constant_channels"], self.report["channels"]
+        blown = self.report.get("blown_channels", 0)
         found = []
         if self.variance("target") == 0:
             found.append("the target does not vary at all, so nothing can be said relative to it")
@@ -90,7 +91,20 @@ class Measured:
                 f"{constant} of {channels} target channels are constant on these images; they "
                 "count as variance 0 in every mean over channels"
             )
+        if blown:
+            found.append(
+                f"{blown} of {channels} channels of A are constant, but not 0, in some image; "
+                "divided by their scale of 1e-5 they blow up"
+            )
+        shut = [f"p_{i} {gate:.2g}" for i, gate in enumerate(self.gates) if not _is_open(gate)]
+        if shut:
+            found.append(f"saturated gates: {', '.join(shut)}")
         return found
+
+
+def _is_open(gate: float) -> bool:
+    """Whether a gate is neither as good as closed nor as good as 1."""
+    return 0.01 <= gate <= 0.99
 
 
 def as_csv(measured: Sequence[Measured]) -> str:
@@ -214,9 +228,7 @@ def draw_variances(measured: Sequence[Measured], title: str) -> bytes:
     Where all runs are generations of one chain, a second panel has Var(x^D) / Var(t) over them.
     """
     chain = sorted(
-        (one.generation, one.relative("residual"))
-        for one in measured
-        if one.generation is not None
+        (one.generation, one.relative("residual")) for one in measured if one.generation is not None
     )
     chain = chain if len(chain) == len(measured) > 1 else []
     orders = max(len(one.report["orders"]) for one in measured)
@@ -271,8 +283,11 @@ def _words(name: str) -> str:
 
 def _short(labels: Sequence[str]) -> list[str]:
     """The labels without the words that all begin with, in lines that fit below a group."""
-    shared = os.path.commonprefix(labels) if len(labels) > 1 else ""
-    cut = max(shared.rfind(mark) for mark in "-/_ ") + 1
+    shared = 0
+    if len(labels) > 1:
+        columns = zip(*labels, strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda column: len({*column}) == 1, columns))
+    cut = max(labels[0].rfind(mark, 0, shared) for mark in "-/_ ") + 1
     return [textwrap.fill(label[cut:], 18) for label in labels]
 
 

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
+from kdfast.training.transnet_runs import (
+    TransNetRun,
+    find_or_train,
+    open_transnet,
+    transnet_parser,
+)
 
-from kdfast.data import ImageData, dataset_name
+from kdfast.data import ImageData, Source, dataset_name
+from kdfast.data.sources import UNREADABLE, unreadable
 from kdfast.errors import UserError
-from kdfast.training.consistency_flags import pair_flags, transnet_flags
-from kdfast.training.flags import data_flags, run_flags, training_flags
+from kdfast.models import architecture, checksum, parameter_count
+from kdfast.seeding import derive_seed
+from kdfast.training.consistency_flags import pair_flags
+from kdfast.training.features import derangement
+from kdfast.training.flags import data_flags
 from kdfast.training.layout import LAYOUT
 from kdfast.training.parser import Parser
 from kdfast.training.run_folder import on_main
-from kdfast.training.setup import load_data
-from kdfast.training.transnet_runs import TransNetRun, find_or_train, open_transnet
+from kdfast.training.setup import evaluation_transform, load_data
+from kdfast.training.tapped import Tapped
 
 SPLITS = ("test", "val", "train")
 
@@ -41,23 +53,80 @@ class Finished:
         """The run folder, or the folder that the weights file lies in."""
         return self.run.path if self.run.path.is_dir() else self.run.path.parent
 
+    def serving(self, split: str) -> str:
+        """The split itself, or `val` for `test` where the set has no third one."""
+        return "val" if split == "test" and self.data.test is None else split
+
+    def source(self, split: str) -> Source:
+        """The images of a split."""
+        data = self.data
+        return {"test": data.test, "val": data.eval, "train": data.train}[self.serving(split)]
+
     def split_words(self, split: str) -> str:
-        """How many images of which split these are, and which serves for a third one."""
-        if split == "test" and self.data.test is None:
-            count, words = len(self.data.eval), "val split, for the set has no third one"
-        else:
-            source = {"test": self.data.test, "val": self.data.eval, "train": self.data.train}
-            count, words = len(source[split]), f"{split} split"
-        return f"{count:,} of {self.data.name}, {words}"
+        """How many images of which split these are, and whether it serves for a third one."""
+        served = self.serving(split)
+        why = "" if served == split else ", for the set has no third one"
+        return f"{len(self.source(split)):,} images of {self.data.name}, {served} split{why}"
+
+    def read(self, split: str, index: int, net: Tapped) -> tuple[torch.Tensor, int]:
+        """uint8 [3, H, W] as `net` is fed it, and the class of image `index` of a split.
+
+        Raises `UserError` where it cannot be read.
+        """
+        source = self.source(split)
+        try:
+            image, label = source.read(index)
+            pixels = evaluation_transform(self.options, self.data, net.inputs.size)(image)
+        except UNREADABLE as error:
+            raise unreadable(source, index, error) from None
+        return pixels, label
+
+    def partner(self, split: str, index: int) -> int:
+        """The image whose feature in B the Trans-Net is to give for image `index` in A."""
+        if not self.options.shuffle_pairs:
+            return index
+        count, served = len(self.source(split)), self.serving(split)
+        order = derangement(count, derive_seed(self.options.seed, "pairs", served))
+        return int(order[index])
+
+    def facts(self, split: str) -> dict[str, str]:
+        """What is looked at, by name: images, networks, layers, the Trans-Net, the features."""
+        net, options = self.run.net, self.options
+        cached = f"from caches of {options.feature_dtype}"
+        how = "computed in float32" if options.features == "live" else cached
+        if options.shuffle_pairs:
+            how += "; those of B are of other images, the control"
+        layers = "1 layer" if len(net.convs) == 1 else f"{len(net.convs)} layers"
+        digest = checksum(net.state_dict())[:8]
+        return {
+            "images": self.split_words(split),
+            "network A": network_words(self.run.a),
+            "network B": network_words(self.run.b),
+            "Trans-Net": f"{layers}, {parameter_count(net):,} parameters, weights {digest}",
+            "features": how,
+        }
+
+    def generation(self) -> int | None:
+        """Which generation of a chain network B is; None where it is of none."""
+        folder = self.run.b.path and self.run.b.path.absolute().parent.name
+        found = re.fullmatch(r"generation-(\d+)", folder or "")
+        return int(found[1]) if found else None
 
 
-def transnet_parser(prog: str, description: str | None, *, runs: str, output: str) -> Parser:
+def network_words(net: Tapped) -> str:
+    """Architecture, layer, shape of its feature, and the beginning of the weights' checksum."""
+    shape = "x".join(map(str, net.shape))
+    name = architecture(net.network)
+    return f"{name}, layer {net.layer}, {shape}, weights {net.checksum[:8]}"
+
+
+def analysis_parser(prog: str, description: str | None, *, runs: str, output: str) -> Parser:
     """A parser of all flags of train/transnet.py, for what is to be trained when no run is given.
 
     `runs` is the `nargs` of the positional RUN, `output` the help of --output, which here is the
     folder of the results.
     """
-    parser = Parser(prog=prog, description=description)
+    parser = transnet_parser(prog, description)
     parser.add_argument(
         "runs",
         nargs=runs,
@@ -65,11 +134,6 @@ def transnet_parser(prog: str, description: str | None, *, runs: str, output: st
         help="run folder of train/transnet.py, or weights of a Trans-Net with flags for the rest; "
         "without one, on digits, what the flags say is trained into output/ unless it is there",
     )
-    data_flags(parser)
-    pair_flags(parser)
-    transnet_flags(parser)
-    training_flags(parser)
-    run_flags(parser, recipe="consistency")
     for action in parser._actions:
         if action.dest == "output":
             action.help = output
@@ -106,7 +170,7 @@ def open_finished(
             loaded[key] = load_data(own, accelerator)
         return loaded[key]
 
-    paths = [Path(run) for run in runs]
+    paths = [path for run in runs for path in _pairs_of(Path(run))]
     if not paths:
         training = copy.copy(options)
         training.output = parser.fallbacks["output"]
@@ -114,12 +178,22 @@ def open_finished(
     for path in paths:
         own = on_main(accelerator, lambda path=path: options_of_run(parser, options, path))
         data = data_of(own)
-        yield Finished(own, data, open_transnet(path, own, accelerator, data))
+        run = open_transnet(path, own, accelerator, data)
+        if "shuffle_pairs" not in options.given:
+            own.shuffle_pairs = bool(run.record.get("shuffled"))
+        if "features" not in options.given:
+            own.features = "cache" if own.shuffle_pairs else "live"
+        yield Finished(own, data, run)
 
 
-def options_of_run(
-    parser: Parser, options: argparse.Namespace, path: Path
-) -> argparse.Namespace:
+def _pairs_of(path: Path) -> list[Path]:
+    """The Trans-Nets of a run of several pairs, in their order; else `path` itself."""
+    names = ((re.fullmatch(r"pair-(\d+)", part.name), part) for part in path.glob("pair-*"))
+    parts = {int(match[1]): part for match, part in names if match}
+    return [parts[number] for number in sorted(parts)] or [path]
+
+
+def options_of_run(parser: Parser, options: argparse.Namespace, path: Path) -> argparse.Namespace:
     """`options` with data and pair of the run at `path`, but for flags that were given.
 
     Those of a weights file beside an args.yaml are its run's. Raises `UserError` where there is
@@ -140,7 +214,9 @@ def options_of_run(
     own.output = parser.fallbacks["output"]
     if record_file.is_file() and (path.is_dir() or path.suffix == ".safetensors"):
         recorded, where = _recorded(record_file), str(record_file)
+        # What the networks are is in the weights file.
         theirs = {*_dests(data_flags, pair_flags), "seed"} - options.given
+        theirs -= {"model", "model_a", "model_b", "model_kwargs"}
         # Of the run, whose caches lie there: --output is of the results.
         own.output = str(recorded.get("output", own.output))
         for dest in theirs:
@@ -149,10 +225,7 @@ def options_of_run(
             action = parser.actions().get(key)
             if action and action.dest in theirs:
                 setattr(own, action.dest, parser.converted(key, value, where, key))
-        own.model_kwargs = dict(own.model_kwargs or ())
         own.dataset = dataset_name(own.dataset)
-    if "features" not in options.given:
-        own.features = "cache" if own.shuffle_pairs else "live"
     return own
 
 

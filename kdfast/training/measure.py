@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from kdfast.metrics import VarianceReport
 from kdfast.models import TransNet
+from kdfast.ops.reference.transnet import SCALE_EPS
 from kdfast.training.features import CachedLoader, Features, LiveLoader
 
 
@@ -33,7 +34,7 @@ def measure(
             if batch.portion.count:
                 source, target = features.prepare(batch.images)
                 report.update(net.orders(source), target)
-                blown += _constant(source).sum(0)
+                blown += _blown_up(source).sum(0)
     report.reduce(accelerator)
     found = int((accelerator.reduce(blown, "sum") > 0).sum())
     return report.compute() | {"blown_channels": found}
@@ -47,8 +48,9 @@ def exact_convolutions():
     )
 
 
-def _constant(maps: torch.Tensor) -> torch.Tensor:
-    """[N, C] booleans: whether a channel of an image is constant and not 0."""
-    rows = maps.flatten(2) if maps.ndim > 2 else maps[..., None]
-    still = rows.amax(2) == rows.amin(2)
-    return still & (rows[..., 0] != 0) & (rows.shape[2] > 1)
+def _blown_up(maps: torch.Tensor) -> torch.Tensor:
+    """[N, C] booleans: whether a channel of an image is constant, but not 0."""
+    if maps.ndim < 3 or maps.shape[2:].numel() == 1:
+        return torch.zeros(maps.shape[:2], dtype=torch.bool, device=maps.device)
+    rows = maps.flatten(2)
+    return (rows.std(2) < SCALE_EPS) & (rows.mean(2).abs() > 100 * SCALE_EPS)
