@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
 def look(finished: Finished, accelerator: Accelerator, split: str, scope: str) -> Measured:
     """Measure one Trans-Net over a split."""
     options, run = finished.options, finished.run
-    say(f"{run.path}: {finished.split_words(split)}")
+    say(f"Trans-Net {run.path}")
     features = Features(options, accelerator, finished.data, [run.a, run.b])
     loader = features.loader(split)
     try:
@@ -132,7 +132,7 @@ def tell_and_write(measured: Sequence[Measured], folder: Path, split: str) -> No
             "variance.png": draw_variances(measured, title),
         },
     )
-    say(f"-> {', '.join(map(str, written))}")
+    say(f"{', '.join(path.name for path in written)} -> {folder}")
 
 
 if __name__ == "__main__":

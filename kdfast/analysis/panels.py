@@ -59,18 +59,14 @@ def draw_grid(
         limits: values of the first and the last colour, so that several grids can be compared.
     """
     across = math.ceil(math.sqrt(1 + len(channels)))
-    down = math.ceil((1 + len(channels)) / across)
-    figure = new_figure(max(1.25 * across + 0.9, 4.0), 1.4 * down + 0.5)
-    cells = figure.subplots(down, across, squeeze=False)
-    _show(cells.flat[0], image, "image")
+    board = _Board(math.ceil((1 + len(channels)) / across), across, cell=1.15)
+    _show(board.cell(0, 0), image, "image")
     norm = Normalize(*_spread(limits))
-    for cell, channel in zip(cells.flat[1:], channels, strict=False):
+    for place, channel in enumerate(channels, start=1):
+        cell = board.cell(*divmod(place, across))
         shown = _show(cell, maps[channel], f"{channel}", cmap=_PLAIN, norm=norm)
-    for cell in cells.flat[1 + len(channels) :]:
-        cell.set_axis_off()
-    figure.colorbar(shown, ax=cells, shrink=0.6, aspect=30, label="value")
-    figure.suptitle(title, fontsize=10, parse_math=False, wrap=True)
-    return as_png(figure)
+    board.bar(shown, 0, board.down, "value")
+    return board.png(title)
 
 
 def draw_channel(
@@ -95,27 +91,64 @@ def draw_channel(
         gates: K - 1, p_0 first.
     """
     count = len(orders)
-    across = max(4, 1 + count)
     output = orders.sum(0)
     residual = target - output
-    figure = new_figure(1.9 * across + 0.8, 6.3)
-    cells = figure.subplots(3, across)
+    board = _Board(3, max(4, 1 + count), cell=1.7)
     own, shared = (_symmetric(np.abs(m).max()) for m in (source, target))
-    _show(cells[0, 0], image, "image")
-    given = _show(cells[0, 1], source, "input (A)", cmap=_SIGNED, norm=own)
-    _show(cells[0, 2], target, "target (B)", cmap=_SIGNED, norm=shared)
-    _show(cells[0, 3], output, "output g", cmap=_SIGNED, norm=shared)
+    _show(board.cell(0, 0), image, "image")
+    given = _show(board.cell(0, 1), source, "input (A)", cmap=_SIGNED, norm=own)
+    _show(board.cell(0, 2), target, "target (B)", cmap=_SIGNED, norm=shared)
+    shown = _show(board.cell(0, 3), output, "output g", cmap=_SIGNED, norm=shared)
     for n in range(count):
-        shown = _show(cells[1, 1 + n], orders[n], f"order {n}", cmap=_SIGNED, norm=shared)
-        _show(cells[2, 1 + n], residual, "residual", cmap=_SIGNED, norm=shared)
+        _show(board.cell(1, 1 + n), orders[n], f"order {n}", cmap=_SIGNED, norm=shared)
+        _show(board.cell(2, 1 + n), residual, "residual", cmap=_SIGNED, norm=shared)
     for row in (1, 2):
-        _draw_gates(cells[row, 0], gates)
-    for cell in [*cells[0, 4:], *cells[1:, 1 + count :].flat]:
-        cell.set_axis_off()
-    figure.colorbar(shown, ax=cells[1:], shrink=0.6, aspect=25, label="value, all but the input")
-    figure.colorbar(given, ax=cells[:1], shrink=0.8, aspect=12, label="value, input")
-    figure.suptitle(title, fontsize=10, parse_math=False, wrap=True)
-    return as_png(figure)
+        _draw_gates(board.cell(row, 0, below=0.18), gates)
+    board.bar(given, 0, 1, "value, input")
+    board.bar(shown, 1, 3, "value, all but the input")
+    return board.png(title)
+
+
+class _Board:
+    """A figure of `down` x `across` square cells of `cell` inches, with room for colour bars.
+
+    Places are computed, not found by matplotlib, which takes seconds for a grid.
+    """
+
+    GAP, SIDE, HEAD = 0.26, 0.35, 0.6  # inches between cells, at the left, for the title
+
+    def __init__(self, down: int, across: int, cell: float):
+        self.down, self.size = down, cell
+        self.width = self.SIDE + across * (cell + self.GAP) + 0.85
+        self.height = self.HEAD + down * (cell + self.GAP) + 0.05
+        self.figure = new_figure(self.width, self.height, layout=None)
+
+    def cell(self, row: int, column: int, below: float = 0.0) -> Any:
+        """Axes of one cell; row 0 is the uppermost. `below` inches of it are left for labels."""
+        left = self.SIDE + column * (self.size + self.GAP)
+        return self._axes(left, self._bottom(row) + below, self.size, self.size - below)
+
+    def bar(self, shown: Any, first: int, last: int, label: str) -> None:
+        """A colour bar at the right of rows `first` to `last` - 1."""
+        low = self._bottom(last - 1)
+        high = self._bottom(first) + self.size
+        reach = min(high - low, 3.6)
+        axes = self._axes(self.width - 0.8, (low + high - reach) / 2, 0.14, reach)
+        self.figure.colorbar(shown, cax=axes)
+        axes.set_ylabel(label, fontsize=8)
+        axes.tick_params(labelsize=7)
+
+    def png(self, title: str) -> bytes:
+        top = 1 - 0.1 / self.height
+        self.figure.suptitle(title, y=top, fontsize=9, parse_math=False, wrap=True)
+        return as_png(self.figure)
+
+    def _bottom(self, row: int) -> float:
+        return self.height - self.HEAD - (row + 1) * self.size - row * self.GAP
+
+    def _axes(self, left: float, bottom: float, width: float, height: float) -> Any:
+        shares = left / self.width, bottom / self.height, width / self.width, height / self.height
+        return self.figure.add_axes(shares)
 
 
 def _draw_gates(cell: Any, gates: Sequence[float]) -> None:
@@ -128,8 +161,7 @@ def _draw_gates(cell: Any, gates: Sequence[float]) -> None:
     cell.set_ylim(0, 1.2)
     cell.set_yticks([0, 0.5, 1])
     cell.tick_params(labelsize=7)
-    cell.set_box_aspect(1)
-    cell.set_title("gates", fontsize=8)
+    cell.set_title("gates", fontsize=8, pad=3)
 
 
 def _show(cell: Any, values: np.ndarray, title: str, **kwargs: Any) -> Any:
