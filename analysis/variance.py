@@ -17,11 +17,13 @@ RUN, on digits, networks and Trans-Net are trained where they are absent.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from kdfast.analysis.pages import write_files
@@ -52,13 +54,22 @@ def main(argv: Sequence[str]) -> None:
         output="folder for the files (default: variance/ in RUN, of several in the folder that "
         "holds them)",
     )
+    group = parser.add_argument_group("variance")
     parser.flag(
-        parser.add_argument_group("variance"),
+        group,
         "--mean-scope",
         choices=("channel", "global"),
         default="channel",
         help="variance of each channel about its own mean, then averaged, as in the published "
         "tables; or of all values about one mean",
+    )
+    parser.flag(
+        group,
+        "--orders-dtype",
+        choices=("float64", "float32"),
+        default="float64",
+        help="of the Trans-Net's arithmetic; what float32 rounds depends on the batch size, but it "
+        "is much faster on GPUs without float64 units",
     )
     options = parse(parser, argv)
     if options.print_config:
@@ -68,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     accelerator = start(options)
     found = []
     for finished in open_finished(parser, options, accelerator, options.runs):
-        report = look(finished, accelerator, options.split, options.mean_scope)
+        report = look(finished, accelerator, options)
         found.append((finished.run.path, finished.folder, report))
     labels = label_all([path for path, _, _ in found])
     measured = [
@@ -79,14 +90,15 @@ def main(argv: Sequence[str]) -> None:
     on_main(accelerator, lambda: tell_and_write(measured, folder, options.split))
 
 
-def look(finished: Finished, accelerator: Accelerator, split: str, scope: str) -> Measured:
-    """Measure one Trans-Net over a split."""
-    options, run = finished.options, finished.run
+def look(finished: Finished, accelerator: Accelerator, options: argparse.Namespace) -> Measured:
+    """Measure one Trans-Net over `options.split`."""
+    split, run = options.split, finished.run
     say(f"Trans-Net {run.path}")
-    features = Features(options, accelerator, finished.data, [run.a, run.b])
+    features = Features(finished.options, accelerator, finished.data, [run.a, run.b])
     loader = features.loader(split)
     try:
-        report = measure(run.net, features, loader, accelerator, scope)
+        dtype = getattr(torch, options.orders_dtype)
+        report = measure(run.net, features, loader, accelerator, options.mean_scope, dtype)
     finally:
         loader.close()
     gates = tuple(run.net.gates.tolist())
@@ -103,7 +115,7 @@ def label_all(paths: Sequence[Path]) -> list[str]:
     return labels
 
 
-def output_folder(options, folders: Sequence[Path]) -> Path:
+def output_folder(options: argparse.Namespace, folders: Sequence[Path]) -> Path:
     """Where the files go."""
     if "output" in options.given:
         return Path(options.output)

@@ -174,7 +174,9 @@ def open_finished(
     if not paths:
         training = copy.copy(options)
         training.output = parser.fallbacks["output"]
-        paths = find_or_train(training, accelerator, data_of(training))
+        # Other sets are refused, and need not be there for that.
+        data = data_of(training) if training.dataset == "digits" else None
+        paths = find_or_train(training, accelerator, data)
     for path in paths:
         own = on_main(accelerator, lambda path=path: options_of_run(parser, options, path))
         data = data_of(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -20,20 +21,23 @@ def measure(
     loader: CachedLoader | LiveLoader,
     accelerator: Accelerator,
     mean_scope: str = "channel",
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Any]:
     """What `VarianceReport.compute` returns, of all images of `loader`, in one pass of them.
 
-    `features` gives those of networks A and B. Every process gets the report of all. There is
-    also `blown_channels`: how many channels of A's maps are constant but not 0 in some image, so
+    `features` gives those of networks A and B. Orders are computed in `dtype`: what float32 rounds
+    depends on how many images a batch has. Every process gets the report of all. There is also
+    `blown_channels`: how many channels of A's maps are constant but not 0 in some image, so
     that dividing by their scale of 1e-5 blows them up.
     """
+    net = copy.deepcopy(net).to(dtype)
     report = VarianceReport(len(net.convs), mean_scope)
     blown = torch.zeros(net.channels, dtype=torch.int64, device=accelerator.device)
     with exact_convolutions():
         for batch in loader.epoch(0):
             if batch.portion.count:
                 source, target = features.prepare(batch.images)
-                report.update(net.orders(source), target)
+                report.update(net.orders(source.to(dtype)), target)
                 blown += _blown_up(source).sum(0)
     report.reduce(accelerator)
     found = int((accelerator.reduce(blown, "sum") > 0).sum())
