@@ -75,7 +75,8 @@ def pair_of_features(
         features="cache", feature_dir=str(folder), feature_dtype="float16", shuffle_pairs=False,
         batch_size=BATCH, global_batch_size=None, grad_accum_steps=1, drop_last=False,
         eval_drop_last=False, seed=0, workers=0, crop_pct=1.0, interpolation="bilinear",
-        channels_last=False,
+        channels_last=False, crop_mode=None, train_half=None, train_split=None, val_split=None,
+        test_split=None,
     )  # fmt: skip
     return Features(options, accelerator, data, nets)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import struct
+import zlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from scipy.io import loadmat
 from test_resume import TORCHRUN, command, finish
 
 from kdfast.data import BatchPlan, Loader, eval_transform, keep_decoded, open_data
@@ -647,6 +650,33 @@ def test_cells_of_strings(tmp_path, compressed):
     assert cell_strings(tmp_path / "list.mat", "file_list", "") == words
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_cells_as_matlab_writes_them(tmp_path, order):
+    """Characters of 16 bits, short elements in one tag, either byte order."""
+
+    def element(kind: int, data: bytes) -> bytes:
+        if len(data) <= 4 and kind != 14:
+            return struct.pack(f"{order}I4s", len(data) << 16 | kind, data)
+        return struct.pack(f"{order}2I", kind, len(data)) + data + bytes(-len(data) % 8)
+
+    def matrix(kind: int, columns: int, name: bytes, content: bytes) -> bytes:
+        flags = element(6, struct.pack(f"{order}2I", kind, 0))
+        shape = element(5, struct.pack(f"{order}2i", 1, columns))
+        return element(14, flags + shape + element(1, name) + content)
+
+    names = ["n02085620-Chihuahua/n02085620_5927.jpg", "ab", "\u00e4\u4e16"]
+    utf16 = {"<": "utf-16-le", ">": "utf-16-be"}[order]
+    cells = [matrix(4, len(name), b"", element(4, name.encode(utf16))) for name in names]
+    other = matrix(6, 1, b"labels", element(9, struct.pack(f"{order}d", 1)))
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + {"<": b"\x00\x01IM", ">": b"\x01\x00MI"}[order]
+    content = header + other + matrix(1, len(names), b"file_list", b"".join(cells))
+    (tmp_path / "list.mat").write_bytes(content)
+    assert cell_strings(tmp_path / "list.mat", "file_list", "") == names
+    if order == "<":
+        read = loadmat(tmp_path / "list.mat", uint16_codec="utf-16-le")["file_list"]
+        assert [cell.item() for cell in read.ravel()] == names
+
+
 def test_no_damage_does_more_than_fail(tmp_path):
     path = tmp_path / "list.mat"
     for compressed in (False, True):
@@ -670,9 +700,6 @@ def test_no_damage_does_more_than_fail(tmp_path):
 
 
 def test_archive_of_matlab_that_unpacks_to_too_much(tmp_path):
-    import struct
-    import zlib
-
     bomb = zlib.compress(bytes(2**27))
     content = bytes(124) + b"\x00\x01IM" + struct.pack("<2I", 15, len(bomb)) + bomb
     (tmp_path / "list.mat").write_bytes(content)

@@ -66,6 +66,8 @@ def options(folder: Path, **changed) -> argparse.Namespace:
         "shuffle_pairs": False, "output": str(folder), "batch_size": 8, "global_batch_size": None,
         "grad_accum_steps": 1, "drop_last": False, "eval_drop_last": False, "seed": 3,
         "workers": None, "crop_pct": 0.875, "interpolation": "bilinear", "channels_last": False,
+        "crop_mode": None, "train_half": None, "train_split": None, "val_split": None,
+        "test_split": None,
     }  # fmt: skip
     return argparse.Namespace(**settings | changed)
 
@@ -329,7 +331,7 @@ def test_other_weights_are_refused(tmp_path):
         ("input_size", [3, 24, 24], "another input_size ([3, 24, 24], not [3, 32, 32])"),
         ("layer", "pool", "another layer (pool, not conv)"),
         ("mean", [0, 0, 0], "another mean"),
-        ("crop", [32, 0.9, "bilinear", None], "another crop"),
+        ("crop", [32, 0.9, "bilinear", "center"], "another crop"),
         ("layout", 99, "layout 99"),
     ],
 )

@@ -65,9 +65,9 @@ def data_fingerprint(source: Source, *, in_memory: bool) -> str:
 
 
 def _size_of(name: str) -> int | None:
-    """Bytes of the file of that name; None where it is no file's."""
+    """Bytes of the file of that name, less the words for a box in it; None where it is no file's."""
     try:
-        return os.stat(name).st_size
+        return os.stat(name.partition(" box ")[0]).st_size
     except (OSError, ValueError):
         return None
 

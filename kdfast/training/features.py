@@ -163,16 +163,18 @@ class Features:
         native = self.data.image_size
         crop = None
         if size != (native, native):
-            mode = getattr(options, "crop_mode", None)
+            mode = options.crop_mode or "center"
             crop = [native, options.crop_pct, options.interpolation, mode]
-        chosen = ("train_split", "train_half") if split == "train" else (f"{split}_split",)
+        chosen = [getattr(options, f"{split}_split")]
+        if split == "train":
+            chosen.append(options.train_half)
         record = {
             **_known(net),
             "layout": LAYOUT,
             "dtype": options.feature_dtype,
             "dataset": self.data.name,
             "split": split,
-            "selection": [getattr(options, name, None) for name in chosen],
+            "selection": chosen,
             "images": images,
             "crop": crop,
             "data": fingerprint,

@@ -70,7 +70,7 @@ class StudentKeeper:
         return {name: scores[name] for name in self.score_names}
 
     def remember(self, history: dict[str, Any], row: dict[str, Any]) -> bool:
-        names = [*SCORES, *self.score_names[3:]]
+        names = [*SCORES, *(f"top1_{name}" for name in self.parts)]
         scores = {"epoch": row["epoch"]} | {name: row[f"eval_{name}"] for name in names}
         better = history["best"] is None or scores["top1"] > history["best"]["top1"]
         history["last"] = scores

@@ -25,7 +25,7 @@ from kdfast.training.setup import load_data, weights_path
 from kdfast.training.shared_networks import classifier_options, shared_classifier, shared_run
 from kdfast.training.transfer_flags import generation_flags
 
-MODEL, WEAK_MODEL = "cifar_resnet20", "cifar_resnet8"
+MODEL, SMALL_MODEL = "cifar_resnet20", "cifar_resnet8"
 EPOCHS, GENERATIONS = 8, 3
 # Of what is left of a pruned network.
 PRUNED_EPOCHS, PRUNED_LR = 4, 0.01
@@ -54,7 +54,8 @@ def pair_checkpoints(
     - weak: A a shallow network (cifar_resnet8) of seed s, B a deeper one (cifar_resnet20) of s + 1;
     - pruned: B of seed s + 1, A is B without its small weights, trained further (Han et al., "Deep
       Compression", ICLR 2016);
-    - generations: A of seed s, B every generation of a born-again chain that begins with s + 1;
+    - generations: A of seed s, B every generation of a born-again chain that begins with s + 1, all
+      cifar_resnet8 as in train/born_again.py;
     - same: A and B are one network, of seed s.
 
     Raises:
@@ -215,8 +216,8 @@ def _architecture(
         if isinstance(recorded.get("architecture"), str):
             kwargs = recorded.get("model_kwargs")
             return recorded["architecture"], kwargs if isinstance(kwargs, dict) else {}
-    weak = options.pair == "weak" and side == "a"
-    return named or (WEAK_MODEL if weak else MODEL), dict(options.model_kwargs)
+    small = options.pair == "generations" or (options.pair == "weak" and side == "a")
+    return named or (SMALL_MODEL if small else MODEL), dict(options.model_kwargs)
 
 
 def _missing(options: argparse.Namespace, a: Path | None, b: list[Path]) -> list[str]:
