@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -242,3 +244,37 @@ def test_stability_of_alexnet(name, flag):
     options = options_of(*flags, flag, "torchvision.models:alexnet")
     assert options.alpha == [8.0] and options.crop_mode == "squash"
     assert options_of("--dataset", "cub200", "--recipe", "compression").alpha == [0.1]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_digits_are_short(name):
+    """As long as train/transnet.py without flags."""
+    theirs = options_of()
+    keys = ("epochs", "lr", "opt", "sched", "decades", "global_batch_size", "weight_decay", "alpha",
+            "channels_last", "val_interval")  # fmt: skip
+    options = options_of("--recipe", name)
+    assert {key: getattr(options, key) for key in keys} == {
+        key: getattr(theirs, key) for key in keys
+    }
+    assert options_of("--recipe", name, "--dataset", "cub200").epochs == 1000
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment(short, run_script, folder, tmp_path, name):
+    """train/transnet.py trains the networks and the Trans-Nets, analysis/variance.py compares."""
+    flags = (*FEW, "--epochs", 1, "--output", folder, "--experiment", name)
+    small = ("--model", "cifar_resnet8") if name != "diagnosis" else ()
+    code, out, err = run_script("train/transnet.py", "--recipe", name, *flags, *small)
+    assert code == 0, err
+    results = json.loads(out.splitlines()[-1])
+    assert results["run"] == str(folder / name)
+    runs = [Path(one["run"]) for one in results.get("pairs", [results])]
+    assert len(runs) == (3 if name == "generations" else 1)
+    for run in runs:
+        options = yaml.safe_load((run / "args.yaml").read_text())["options"]
+        assert (options["pair"], options["alpha"]) == (EXPERIMENTS[name], [0.1, 0.1])
+    code, out, err = run_script("analysis/variance.py", folder / name, "--output", tmp_path / "out")
+    assert code == 0, err
+    with (tmp_path / "out" / "variance.csv").open() as file:
+        assert len(list(csv.DictReader(file))) >= len(runs)
+    assert (tmp_path / "out" / "variance.png").stat().st_size > 0
