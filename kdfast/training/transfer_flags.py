@@ -6,7 +6,14 @@ import argparse
 from typing import Any
 
 from kdfast.methods import Option, find_method, method_names
-from kdfast.training.flags import data_flags, model_flags, run_flags, training_flags
+from kdfast.training.consistency_flags import pair_flags, transnet_flags
+from kdfast.training.flags import (
+    data_flags,
+    model_flags,
+    pruning_flags,
+    run_flags,
+    training_flags,
+)
 from kdfast.training.parser import Parser
 from kdfast.training.values import amount, assignment, fraction, inner, natural, positive
 
@@ -309,12 +316,12 @@ def head_flags(parser: Parser) -> None:
 def every_key() -> set[str]:
     """The YAML keys of all scripts: a recipe serves them all."""
     parser = Parser()
-    for add in (data_flags, distill_flags, training_flags, run_flags):
+    for add in (data_flags, distill_flags, training_flags, pruning_flags, run_flags):
         add(parser)
     model_flags(parser, student=True)
     # Groups of other scripts, whose flags of the same name are not quite the same.
     keys = set(parser.actions())
-    for add in (head_flags, generation_flags, evolution_flags):
+    for add in (head_flags, generation_flags, evolution_flags, pair_flags, transnet_flags):
         other = Parser()
         add(other)
         keys |= set(other.actions())
