@@ -17,6 +17,7 @@ from kdfast.models.splice import Splice
 from kdfast.models.split import split_at
 from kdfast.models.stages import default_stages, pair_stages
 from kdfast.models.taps import Taps, classifier_name, find_layer, penultimate
+from kdfast.models.transnet import TransNet
 from kdfast.models.weights import checksum, load_weights, read_weights, save_weights, unwrap
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "MountedHeads",
     "Splice",
     "Taps",
+    "TransNet",
     "aliases",
     "architecture",
     "checksum",
