@@ -1,0 +1,60 @@
+"""The part of a network behind a layer, as something the training loop can train and save."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdfast.errors import UsageError
+from kdfast.models import architecture, split_at
+
+
+class Tail(nn.Module):
+    """What of a copy of `network` lies behind `layer`, all of its parameters to be trained.
+
+    `forward(feature)` -> (logits [N,C], ()), as a watched network answers. Parameters, buffers and
+    modes are the tail's alone; `model` is the whole network, whose weights are saved.
+
+    Raises:
+        UsageError: a network that cannot be cut there, or of which the tail has no parameters, or
+            others in training than in evaluation (auxiliary classifiers).
+    """
+
+    def __init__(self, network: nn.Module, layer: str):
+        super().__init__()
+        network = copy.deepcopy(network).requires_grad_(False).eval()
+        _, tail = split_at(network, layer)
+        # Once each: the two versions of a cut network's code share their layers. In a list, so that
+        # neither the whole network nor a layer's second name is a part of this one.
+        self.layers = tail.when_evaluating
+        self._whole = [network, tail]
+        trained = list(self.layers.parameters())
+        if not trained:
+            raise UsageError(
+                f"{architecture(network)} has no weights behind layer '{layer}', so nothing to "
+                "fine-tune; choose a layer before it"
+            )
+        if {id(p) for p in tail.parameters()} != {id(p) for p in trained}:
+            raise UsageError(
+                f"{architecture(network)} has weights behind layer '{layer}' that take part in "
+                "training only (auxiliary classifiers); its tail cannot be fine-tuned"
+            )
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    @property
+    def model(self) -> nn.Module:
+        return self._whole[0]
+
+    def train(self, mode: bool = True) -> Tail:
+        network, tail = self._whole
+        super().train(mode)
+        tail.train(mode)
+        network.training = mode  # by which a cut network chooses its code
+        return self
+
+    def forward(self, feature: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        return self._whole[1](feature), ()
