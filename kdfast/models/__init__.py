@@ -1,5 +1,6 @@
 """Models by name, their features, their parts and their weights."""
 
+from kdfast.models.default_tap import default_tap
 from kdfast.models.factory import (
     aliases,
     architecture,
@@ -35,6 +36,7 @@ __all__ = [
     "classifier_name",
     "create_model",
     "default_stages",
+    "default_tap",
     "extract_slim",
     "find_layer",
     "fixed_input_size",

@@ -19,10 +19,8 @@ from kdfast.methods import find_method, method_names
 from kdfast.models import (
     MountedHeads,
     checksum,
-    create_model,
     load_heads,
     load_weights,
-    read_weights,
     resolve_name,
 )
 from kdfast.training.classifier import fingerprint, train_classifier
@@ -37,11 +35,9 @@ from kdfast.training.setup import (
     Inputs,
     build_model,
     choose_inputs,
-    load_checkpoint,
-    recorded_inputs,
-    try_out,
     weights_path,
 )
+from kdfast.training.trained import load_trained
 
 
 def has_teacher(options: argparse.Namespace) -> bool:
@@ -61,37 +57,13 @@ def require_teacher(options: argparse.Namespace) -> None:
 
 def load_teacher(options: argparse.Namespace, data: ImageData) -> tuple[nn.Module, Inputs]:
     """The teacher's network and what it is fed, from its checkpoint where that tells."""
-    path, known, fed = None, {}, None
-    kwargs = dict(options.teacher_kwargs or ())
-    if options.teacher_checkpoint:
-        path = weights_path(options.teacher_checkpoint)
-        known = read_weights(path)[1]
-        fed = recorded_inputs(path, known)
-        name = resolve_name(options.teacher)
-        # Another network's arguments would only hide that the file does not fit.
-        same = known.get("architecture") in (name, name.partition(".")[0])
-        if same and options.teacher_kwargs is None and isinstance(known.get("model_kwargs"), dict):
-            kwargs = known["model_kwargs"]
+    path = weights_path(options.teacher_checkpoint) if options.teacher_checkpoint else None
     if options.teacher_pretrained:
         require_same_classes(options.teacher, data)
-    model = create_model(
-        options.teacher,
-        data.classes,
-        pretrained=options.teacher_pretrained,
-        img_size=fed and fed.size,
-        **kwargs,
+    kwargs = None if options.teacher_kwargs is None else dict(options.teacher_kwargs)
+    model, fed, _ = load_trained(
+        options.teacher, path, kwargs, options, data, pretrained=options.teacher_pretrained
     )
-    if path is not None:
-        load_checkpoint(model, path)
-    if fed is None:
-        own = argparse.Namespace(**vars(options))
-        own.pretrained, own.initial_checkpoint = options.teacher_pretrained, None
-        if path is None:
-            # Published weights, or those of the run to come: fed what they are trained on, whatever
-            # the student gets. A bare file says nothing, so the flags hold for it as well.
-            own.img_size = own.mean = own.std = None
-        fed = choose_inputs(own, data, model)
-    try_out(model, fed, data.classes)
     return model, fed
 
 
