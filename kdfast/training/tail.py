@@ -10,6 +10,7 @@ from torch import nn
 
 from kdfast.errors import UsageError
 from kdfast.models import architecture, split_at
+from kdfast.training.tapped import Tapped
 
 
 class Tail(nn.Module):
@@ -58,3 +59,25 @@ class Tail(nn.Module):
 
     def forward(self, feature: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:
         return self._whole[1](feature), ()
+
+
+@torch.no_grad()
+def check_tail(b: Tapped) -> None:
+    """Refuse a network whose tail, fed the feature as it is watched, does not answer as the whole.
+
+    Tokens that are watched as maps, for example, are not what the next layer takes.
+    """
+    _, tail = split_at(b.network, b.layer)
+    images = torch.arange(3 * b.inputs.size[0] * b.inputs.size[1]).remainder(251).byte()
+    feature, logits = b.features(images.view(1, 3, *b.inputs.size), logits=True)
+    try:
+        answer = tail(feature)
+        fits = torch.allclose(answer.float(), logits, rtol=1e-3, atol=1e-3)
+    except (RuntimeError, ValueError, TypeError, AssertionError, LookupError):
+        fits = False
+    if not fits:
+        raise UsageError(
+            f"layer '{b.layer}' of B ({architecture(b.network)}) is watched as "
+            f"{'x'.join(map(str, b.shape))}, which is not what its tail takes; train a Trans-Net "
+            "to another --layer-b"
+        )

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from kdfast.methods import Option, find_method, method_names
-from kdfast.training.consistency_flags import pair_flags, transnet_flags
+from kdfast.training.consistency_flags import pair_flags, tail_flags, transnet_flags
 from kdfast.training.flags import data_flags, model_flags, run_flags, training_flags
 from kdfast.training.parser import Parser
 from kdfast.training.values import amount, assignment, fraction, inner, natural, positive
@@ -315,7 +315,7 @@ def every_key() -> set[str]:
     model_flags(parser, student=True)
     # Groups of other scripts, whose flags of the same name are not quite the same.
     keys = set(parser.actions())
-    for add in (head_flags, generation_flags, evolution_flags, pair_flags, transnet_flags):
+    for add in (head_flags, generation_flags, evolution_flags, pair_flags, transnet_flags, tail_flags):
         other = Parser()
         add(other)
         keys |= set(other.actions())
