@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from PIL import Image
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from torch import nn
@@ -26,6 +27,7 @@ from kdfast.data import (
     BatchPlan,
     ImageData,
     Loader,
+    Source,
     eval_transform,
     open_data,
     to_float,
@@ -247,7 +249,7 @@ def make_loaders(
 ) -> tuple[Loader, Loader]:
     """Training and evaluation batches of this process."""
     native = data.image_size
-    held_out = eval_transform(inputs.size, options.crop_pct, options.interpolation, native)
+    held_out = evaluation_transform(options, data, inputs.size)
     small = native is not None and inputs.size == (native, native)
     augmentation = Augmentation(
         crop=options.train_crop_mode or ("pad" if small else "rrc" if native is None else "none"),
@@ -262,35 +264,69 @@ def make_loaders(
     training = held_out
     if options.aug:
         training = train_transform(inputs.size, augmentation, options.interpolation, native)
+    common = loader_settings(options, data, accelerator)
+    return (
+        Loader(data.train, training, train_plan(options, data, data.train, accelerator), **common),
+        Loader(data.eval, held_out, eval_plan(options, data.eval, accelerator), **common),
+    )
+
+
+def evaluation_transform(
+    options: argparse.Namespace, data: ImageData, size: tuple[int, int]
+) -> Callable[[Image.Image], torch.Tensor]:
+    """The pipeline without augmentation, to images of `size`."""
+    return eval_transform(size, options.crop_pct, options.interpolation, data.image_size)
+
+
+def loader_settings(
+    options: argparse.Namespace, data: ImageData, accelerator: Accelerator
+) -> dict[str, Any]:
+    """What all loaders of images have in common: classes, workers, pinned memory."""
     gpu = accelerator.device.type == "cuda"
     workers = options.workers
     if workers is None:
         idle = data.in_memory and not gpu
         workers = 0 if idle else min(4, max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-    place = {"processes": accelerator.num_processes, "rank": accelerator.process_index}
-    size = batch_size(options, accelerator.num_processes)
-    train_plan = BatchPlan(
-        len(data.train),
-        size,
+    return {"classes": data.classes, "workers": workers, "pin_memory": gpu}
+
+
+def train_plan(
+    options: argparse.Namespace, data: ImageData, source: Source, accelerator: Accelerator
+) -> BatchPlan:
+    """Shuffled steps over `source`, a split of `data`, as the options have it.
+
+    Raises `UsageError` when it has less than a step.
+    """
+    plan = BatchPlan(
+        len(source),
+        batch_size(options, accelerator.num_processes),
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
         accumulation=options.grad_accum_steps,
         seed=options.seed,
         shuffle=True,
         drop_last=options.drop_last,
-        **place,
     )
-    if train_plan.global_batch > len(data.train):
+    if plan.global_batch > len(source):
         raise UsageError(
-            f"global batch {train_plan.global_batch} is larger than the {len(data.train)} training "
+            f"global batch {plan.global_batch} is larger than the {len(source)} training "
             f"images of {data.name}; lower --batch-size"
         )
-    eval_plan = BatchPlan(len(data.eval), size, drop_last=options.eval_drop_last, **place)
-    if eval_plan.steps == 0:
-        raise UsageError("--eval-drop-last leaves no evaluation batch; lower --batch-size")
-    common = {"classes": data.classes, "workers": workers, "pin_memory": gpu}
-    return (
-        Loader(data.train, training, train_plan, **common),
-        Loader(data.eval, held_out, eval_plan, **common),
+    return plan
+
+
+def eval_plan(options: argparse.Namespace, source: Source, accelerator: Accelerator) -> BatchPlan:
+    """Batches over `source` in order; raises `UsageError` when none is left of it."""
+    plan = BatchPlan(
+        len(source),
+        batch_size(options, accelerator.num_processes),
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+        drop_last=options.eval_drop_last,
     )
+    if plan.steps == 0:
+        raise UsageError("--eval-drop-last leaves no evaluation batch; lower --batch-size")
+    return plan
 
 
 def preparer(

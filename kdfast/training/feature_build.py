@@ -1,0 +1,306 @@
+"""Making feature caches: one pass over the images, whatever processes there are."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from kdfast.data import Batch, BatchPlan, ImageData, Loader, Source
+from kdfast.errors import UserError
+from kdfast.training import journal
+from kdfast.training.evaluate import hits
+from kdfast.training.feature_cache import (
+    COLUMNS,
+    DTYPES,
+    as_integers,
+    bytes_of,
+    channel_scale,
+    encode,
+    row_checksums,
+    sync,
+)
+from kdfast.training.options import batch_size
+from kdfast.training.run_folder import on_main
+from kdfast.training.setup import evaluation_transform, loader_settings
+from kdfast.training.tapped import Tapped
+
+# The scales are fixed by so many.
+FIRST_IMAGES = 64
+_GIB = 2**30
+
+
+def data_fingerprint(source: Source, *, in_memory: bool) -> str:
+    """SHA-256 (hex) of which images `source` has, with which labels.
+
+    Of images in memory it is over their pixels; of files over their names, below the folder they
+    all share, and their sizes: a set may move, and no file is read.
+    """
+    digest = hashlib.sha256(np.asarray(source.labels(), "<i8"))
+    if in_memory:
+        for index in range(len(source)):
+            image, _ = source.read(index)
+            digest.update(f"{image.mode} {image.size}".encode())
+            digest.update(image.tobytes())
+        return digest.hexdigest()
+    names = [source.describe(index) for index in range(len(source))]
+    shared = len(os.path.commonprefix(names).rpartition("/")[0])
+    for name in names:
+        digest.update(f"{name[shared:]}\0{_size_of(name)}\0".encode())
+    return digest.hexdigest()
+
+
+def _size_of(name: str) -> int | None:
+    """Bytes of the file of that name; None where it is no file's."""
+    try:
+        return os.stat(name).st_size
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass
+class Target:
+    """A cache to be made at `path`: of what network, and its `record`."""
+
+    net: Tapped
+    path: Path
+    record: dict[str, Any]
+    scale: torch.Tensor | None = None
+    lock: IO | None = None
+    file: IO | None = None
+    columns: np.memmap | None = field(default=None, repr=False)
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.partial")
+
+    def begin(self) -> bool:
+        """Take the folder under its other name; whether the cache is still to be made.
+
+        While another command makes it, this waits. A folder that a killed one left is emptied.
+        """
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.partial / ".lock").open("a")
+        try:
+            _lock(self.lock, self.path)
+        except OSError as error:
+            journal.say(f"note: {self.partial} cannot be locked here ({error.strerror})")
+        if self.path.exists():
+            self.release()
+            return False
+        with (self.partial / "data.bin").open("wb") as file:
+            file.truncate(2 * self.record["images"] * int(np.prod(self.record["shape"])))
+        np.save(self.partial / "columns.npy", np.zeros(self.record["images"], COLUMNS))
+        return True
+
+    def open(self) -> None:
+        """Open the files of the folder for this process's rows."""
+        try:
+            self.file = (self.partial / "data.bin").open("r+b", buffering=0)
+            self.columns = np.lib.format.open_memmap(self.partial / "columns.npy", "r+")
+        except OSError as error:
+            raise UserError(
+                f"cannot write feature cache {self.path}: {error.strerror}; --feature-dir must be "
+                "a disk that all processes share, or give --features live"
+            ) from None
+
+    def write(self, batch: Batch, first: int) -> None:
+        """Write the rows of `batch`, whose images follow each other from dataset index `first`."""
+        features, logits = self.net.features(batch.images, logits=True)
+        if not features.isfinite().all():
+            raise UserError(
+                f"the feature of network {self.net.name.upper()} at '{self.net.layer}' is not "
+                f"finite (NaN or infinity) for an image from {first} to {first + len(features) - 1}"
+            )
+        stored = encode(features, self.scale.to(features.device), DTYPES[self.record["dtype"]])
+        over = (~stored.flatten(1).isfinite().all(1)).nonzero()
+        if len(over):
+            raise UserError(
+                f"image {first + over[0].item()} has a feature of network {self.net.name.upper()} "
+                f"at '{self.net.layer}' that is too large for float16 beside those of the first "
+                f"{FIRST_IMAGES} images; add --feature-dtype bfloat16, or --features live"
+            )
+        rows = as_integers(stored.cpu().contiguous())
+        _write_at(self.file.fileno(), memoryview(rows).cast("B"), first * rows.strides[0])
+        part = self.columns[first : first + len(rows)]
+        part["label"] = batch.labels
+        ranked = hits(logits, batch.labels.to(logits.device)).cpu()
+        part["top1"], part["top3"] = ranked[:, 0], ranked[:, :3].any(1)
+        part["crc32"] = row_checksums(rows)
+
+    def end(self) -> None:
+        """Have the disk hold what this process has written."""
+        os.fsync(self.file.fileno())
+        self.columns.flush()
+        self.file.close()
+
+    def complete(self) -> None:
+        """Give the folder, whose rows are all written, its name."""
+        np.save(self.partial / "scale.npy", self.scale.numpy())
+        with (self.partial / "meta.json").open("w") as file:
+            json.dump(self.record, file, indent=2)
+        for path in (*self.partial.iterdir(), self.partial):
+            sync(path)
+        self.partial.rename(self.path)
+        sync(self.path.parent)
+        self.release()
+
+    def release(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
+
+    def discard(self) -> None:
+        """Remove what is there of the folder, while it is held."""
+        if self.lock is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.release()
+
+
+def _lock(file: IO, path: Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        journal.say(f"feature cache {path} is being made by another process; waiting for it")
+        fcntl.lockf(file, fcntl.LOCK_EX)
+
+
+def _write_at(handle: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(handle, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def build(
+    targets: Sequence[Target],
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+    data: ImageData,
+    source: Source,
+) -> None:
+    """Make the caches `targets` of all images of `source`, a split of `data`.
+
+    Every process computes and writes its own rows; the main one does the rest. What fails leaves
+    nothing that could be taken for a cache.
+
+    Raises `UserError` when the disk is too small or cannot be written, an image cannot be read, or
+    a feature is not finite or does not fit its dtype.
+    """
+    # In one order everywhere: two commands that wait for each other's caches would wait forever.
+    targets = sorted(targets, key=lambda target: target.path)
+    left: list[Target] = []
+    try:
+        wanted = on_main(accelerator, lambda: _begin(targets, left))
+        targets = [target for target, due in zip(targets, wanted, strict=True) if due]
+        sizes = dict.fromkeys(target.net.inputs.size for target in targets)
+        for size in sizes:
+            group = [target for target in targets if target.net.inputs.size == size]
+            _fill(group, size, options, accelerator, data, source)
+        accelerator.wait_for_everyone()
+        on_main(accelerator, lambda: [target.complete() for target in targets] and None)
+    except OSError as error:
+        raise UserError(
+            f"cannot write a feature cache in {targets[0].path.parent}: {error.strerror or error}; "
+            "give another --feature-dir, or --features live"
+        ) from None
+    finally:
+        for target in left:
+            target.discard()
+    for target in targets:
+        net, gib = target.net, bytes_of(target.record) / _GIB
+        journal.say(
+            f"features of {net.name.upper()} at {net.layer}: {target.record['images']} "
+            f"{target.record['split']} images, {gib:.3f} GiB in {target.path}"
+        )
+
+
+def _begin(targets: Sequence[Target], begun: list[Target]) -> list[bool]:
+    """Which of `targets` are to be made; these are `begun`, each as soon as its folder is held."""
+    _require_room(targets)
+    wanted = []
+    for target in targets:
+        begun.append(target)
+        wanted.append(target.begin())
+    return wanted
+
+
+def _require_room(targets: Sequence[Target]) -> None:
+    folder = targets[0].path.parent
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    needed, free = sum(bytes_of(t.record) for t in targets), shutil.disk_usage(place).free
+    # What a killed build left is written over.
+    with suppress(OSError):
+        free += sum((t.partial / "data.bin").stat().st_blocks * 512 for t in targets)
+    if needed > free:
+        raise UserError(
+            f"the feature caches of {len(targets)} networks need {needed / _GIB:.3g} GiB, and "
+            f"{folder} has {free / _GIB:.3g} GiB left; give --feature-dir a larger disk, or "
+            "--features live"
+        )
+
+
+def first_images(
+    count: int,
+    options: argparse.Namespace,
+    data: ImageData,
+    source: Source,
+    size: tuple[int, int],
+    classes: int,
+) -> torch.Tensor:
+    """The first `count` images of `source` as the evaluation pipeline gives them, uint8."""
+    plan = BatchPlan(min(count, len(source)), count)
+    loader = Loader(source, evaluation_transform(options, data, size), plan, classes=classes)
+    return next(iter(loader.epoch(0))).images
+
+
+def _fill(
+    targets: Sequence[Target],
+    size: tuple[int, int],
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+    data: ImageData,
+    source: Source,
+) -> None:
+    """Write this process's rows of `targets`, whose networks take images of `size`."""
+
+    def scales() -> list[list[float]]:
+        images = first_images(FIRST_IMAGES, options, data, source, size, data.classes)
+        return [channel_scale(target.net.features(images)).tolist() for target in targets]
+
+    # Powers of two, so that a list is as good; one process's, since others may round differently.
+    for target, scale in zip(targets, on_main(accelerator, scales), strict=True):
+        target.scale = torch.tensor(scale)
+        target.open()
+    processes = accelerator.num_processes
+    plan = BatchPlan(
+        len(source),
+        batch_size(options, processes),
+        processes=processes,
+        rank=accelerator.process_index,
+    )
+    settings = loader_settings(options, data, accelerator)
+    loader = Loader(source, evaluation_transform(options, data, size), plan, **settings)
+    shown = accelerator.is_main_process and sys.stderr.isatty()
+    try:
+        for batch in tqdm(loader.epoch(0), "features", plan.steps, disable=not shown, leave=False):
+            if batch.portion.count:
+                for target in targets:
+                    target.write(batch, batch.portion.indices[0])
+    finally:
+        loader.close()
+    for target in targets:
+        target.end()

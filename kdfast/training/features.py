@@ -1,0 +1,318 @@
+"""Paired features of frozen networks: 16-bit rows from disk, or the networks run on the fly."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from kdfast.data import Batch, BatchPlan, ImageData, Loader, Portion, Source
+from kdfast.errors import UsageError, UserError
+from kdfast.seeding import derive_seed
+from kdfast.training.feature_build import Target, build, data_fingerprint, first_images
+from kdfast.training.feature_cache import LAYOUT, FeatureCache, decode
+from kdfast.training.run_folder import on_main
+from kdfast.training.setup import evaluation_transform, eval_plan, loader_settings, train_plan
+from kdfast.training.tapped import Tapped
+
+# Batches that are read before they are asked for.
+AHEAD = 2
+# Rows of a cache that are computed again before it is believed.
+CHECKED_IMAGES = 8
+
+
+class Features:
+    """Features of the same images in several networks, at one layer each.
+
+    Batches are those of `kdfast.data.Loader` with the same options: the same images in the same
+    order in the same portions. There is no augmentation. With `options.features` "cache" each
+    network's features are computed once, kept below `options.feature_dir` (by default features/ in
+    `options.output`) as `options.feature_dtype`, and found there again; with "live" the networks
+    run in every pass. With `options.shuffle_pairs` every network after the first answers to other
+    images than the first: a fixed derangement of the split, by `options.seed`.
+
+    Raises `UsageError` for shuffled pairs without a cache.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        accelerator: Accelerator,
+        data: ImageData,
+        nets: Sequence[Tapped],
+    ):
+        if options.shuffle_pairs and options.features == "live":
+            raise UsageError(
+                "--shuffle-pairs takes features of other images from the cache; drop "
+                "--features live"
+            )
+        self.options, self.accelerator, self.data = options, accelerator, data
+        self.nets = tuple(nets)
+
+    def loader(self, split: str, *, shuffle: bool = False) -> CachedLoader | LiveLoader:
+        """Batches of "train", "val" or "test"; the set's "val" where it has no third split.
+
+        With `shuffle` they are training's: shuffled anew in every epoch, gathered over
+        `grad_accum_steps`; without, those of an evaluation. A cache that is not there yet is made
+        first, by all processes together; all have to call this.
+
+        Raises:
+            UsageError: less images than a step takes.
+            UserError: a cache that is damaged, or of other weights, images or settings; one that
+                cannot be written.
+        """
+        split, source = self._source(split)
+        if shuffle:
+            plan = train_plan(self.options, self.data, source, self.accelerator)
+        else:
+            plan = eval_plan(self.options, source, self.accelerator)
+        if self.options.features == "live":
+            return self._live(plan, source)
+        caches = self._caches(split, source)
+        order = None
+        if self.options.shuffle_pairs:
+            order = derangement(len(source), derive_seed(self.options.seed, "pairs", split))
+        return CachedLoader(plan, caches, self.accelerator.device, order)
+
+    def prepare(self, images: Sequence[Rows | torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """float32 features [N, *shape] on the device of what a batch has as `images`, by network.
+
+        A network that is given twice, with the same images, is asked once.
+        """
+        found: dict[tuple, torch.Tensor] = {}
+        keys = [
+            (id(part), *(() if isinstance(part, Rows) else _identity(net)))
+            for net, part in zip(self.nets, images, strict=True)
+        ]
+        for key, net, part in zip(keys, self.nets, images, strict=True):
+            if key not in found:
+                found[key] = self._arranged(
+                    part.features(self.accelerator.device)
+                    if isinstance(part, Rows)
+                    else net.features(part)
+                )
+        return tuple(found[key] for key in keys)
+
+    def _arranged(self, features: torch.Tensor) -> torch.Tensor:
+        maps = self.options.channels_last and features.dim() == 4
+        return features.contiguous(
+            memory_format=torch.channels_last if maps else torch.contiguous_format
+        )
+
+    def _source(self, split: str) -> tuple[str, Source]:
+        if split == "test" and self.data.test is None:
+            split = "val"
+        sources = {"train": self.data.train, "val": self.data.eval, "test": self.data.test}
+        return split, sources[split]
+
+    def _live(self, plan: BatchPlan, source: Source) -> LiveLoader:
+        settings = loader_settings(self.options, self.data, self.accelerator)
+        sizes = [net.inputs.size for net in self.nets]
+        loaders = {
+            size: Loader(
+                source, evaluation_transform(self.options, self.data, size), plan, **settings
+            )
+            for size in dict.fromkeys(sizes)
+        }
+        return LiveLoader(plan, loaders, sizes)
+
+    def _caches(self, split: str, source: Source) -> list[FeatureCache]:
+        """The cache of each network, made where it is not there; equal networks share one."""
+
+        def record_all() -> list[dict[str, Any]]:
+            fingerprint = data_fingerprint(source, in_memory=self.data.in_memory)
+            return [self._record(net, split, len(source), fingerprint) for net in self.nets]
+
+        records = on_main(self.accelerator, record_all)
+        folder = Path(self.options.feature_dir or Path(self.options.output) / "features")
+        paths = [folder / folder_name(record) for record in records]
+        targets = {
+            path: Target(net, path, record)
+            for net, path, record in zip(self.nets, paths, records, strict=True)
+        }
+
+        def absent() -> list[Path]:
+            return [path for path in targets if not path.exists()]
+
+        if due := on_main(self.accelerator, absent):
+            due_targets = [targets[path] for path in due]
+            build(due_targets, self.options, self.accelerator, self.data, source)
+        on_main(
+            self.accelerator, lambda: [self._check(t, source) for t in targets.values()] and None
+        )
+        opened = {path: FeatureCache(path) for path in targets}
+        return [opened[path] for path in paths]
+
+    def _check(self, target: Target, source: Source) -> None:
+        """Refuse a cache that is not of these weights, images and settings."""
+        cache = FeatureCache(target.path)
+        cache.require(target.record)
+        size = target.net.inputs.size
+        images = first_images(
+            CHECKED_IMAGES, self.options, self.data, source, size, self.data.classes
+        )
+        cache.require_like(target.net.features(images))
+
+    def _record(self, net: Tapped, split: str, images: int, fingerprint: str) -> dict[str, Any]:
+        options, size = self.options, net.inputs.size
+        native = self.data.image_size
+        crop = None
+        if size != (native, native):
+            mode = getattr(options, "crop_mode", None)
+            crop = [native, options.crop_pct, options.interpolation, mode]
+        chosen = ("train_split", "train_half") if split == "train" else (f"{split}_split",)
+        record = {
+            **net.record(),
+            "layout": LAYOUT,
+            "dtype": options.feature_dtype,
+            "dataset": self.data.name,
+            "split": split,
+            "selection": [getattr(options, name, None) for name in chosen],
+            "images": images,
+            "crop": crop,
+            "data": fingerprint,
+        }
+        del record["path"]  # weights may move
+        return json.loads(json.dumps(record))
+
+
+def _identity(net: Tapped) -> tuple:
+    return net.checksum, net.layer, net.inputs
+
+
+def folder_name(record: dict[str, Any]) -> str:
+    """`<checksum8>-<layer>-<dataset>-<split>-<hash>`, whose hash is of all settings.
+
+    Not of the images themselves: a cache of images that have changed is to be found, and refused.
+    """
+    settings = {key: value for key, value in record.items() if key != "data"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    words = (record["checksum"][:8], record["layer"], record["dataset"], record["split"])
+    safe = (re.sub(r"[^\w.]+", "_", word) for word in words)
+    return "-".join((*safe, digest[:8]))
+
+
+def derangement(count: int, seed: int) -> torch.Tensor:
+    """A permutation of range(count) that moves every number, each as likely as the others.
+
+    Raises `UserError` when `count` is below 2.
+    """
+    if count < 2:
+        raise UserError("--shuffle-pairs needs at least two images a split")
+    generator = torch.Generator().manual_seed(seed)
+    while True:  # e times on average
+        order = torch.randperm(count, generator=generator)
+        if not (order == torch.arange(count)).any():
+            return order
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Stored features [N, *shape], 16-bit on the host, and their scale [C] on the device."""
+
+    stored: torch.Tensor
+    scale: torch.Tensor
+
+    def features(self, device: torch.device) -> torch.Tensor:
+        return decode(self.stored.to(device, non_blocking=True), self.scale)
+
+
+class CachedLoader:
+    """Batches of `plan` out of `caches`, read by a thread a little ahead of their use.
+
+    `Batch.images` are `Rows`, one for each cache, in order. Where `order` is given, all but the
+    first are of image `order[i]` instead of i.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        caches: Sequence[FeatureCache],
+        device: torch.device,
+        order: torch.Tensor | None = None,
+    ):
+        self.plan, self.caches, self.order = plan, list(caches), order
+        self._pin = device.type == "cuda"
+        self._scales = {cache.path: cache.scale.to(device) for cache in caches}
+        self._labels = torch.from_numpy(self.caches[0].columns["label"].astype("int64"))
+        self._reader: ThreadPoolExecutor | None = None
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from `first_step` on."""
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, thread_name_prefix="kdfast-features")
+        reader = self._reader
+        coming: deque = deque()
+        portions = iter(self.plan.portions(epoch, first_step))
+
+        def order_next() -> None:
+            if (portion := next(portions, None)) is not None:
+                coming.append(reader.submit(self._read, portion))
+
+        for _ in range(AHEAD):
+            order_next()
+        try:
+            while coming:
+                batch = coming.popleft().result()
+                order_next()
+                yield batch
+        finally:
+            for future in coming:
+                future.cancel()
+
+    def close(self) -> None:
+        """End the thread; the next epoch would start a new one."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.shutdown(cancel_futures=True)
+
+    def _read(self, portion: Portion) -> Batch:
+        indices = torch.tensor(portion.indices)
+        found: dict[tuple, Rows] = {}
+        keys = []
+        for position, cache in enumerate(self.caches):
+            moved = position > 0 and self.order is not None
+            keys.append((cache.path, moved))
+            if keys[-1] not in found:
+                wanted = self.order[indices] if moved else indices
+                rows = cache.rows(wanted.numpy(), pin=self._pin)
+                found[keys[-1]] = Rows(rows, self._scales[cache.path])
+        images = tuple(found[key] for key in keys)
+        return Batch(images, self._labels[indices], indices, portion)
+
+
+class LiveLoader:
+    """Batches of `plan` whose `images` are uint8 [N, 3, H, W], one for each of `sizes`, in order.
+
+    `loaders` give them, one for each size there is.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        loaders: dict[tuple[int, int], Loader],
+        sizes: Sequence[tuple[int, int]],
+    ):
+        self.plan, self.loaders, self.sizes = plan, loaders, sizes
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from `first_step` on."""
+        iterators = [loader.epoch(epoch, first_step) for loader in self.loaders.values()]
+        for batches in zip(*iterators, strict=True):
+            images = {s: b.images for s, b in zip(self.loaders, batches, strict=True)}
+            yield replace(batches[0], images=tuple(images[size] for size in self.sizes))
+
+    def close(self) -> None:
+        """End the worker processes."""
+        for loader in self.loaders.values():
+            loader.close()
