@@ -25,9 +25,7 @@ def check_mask(mask: Sequence[int], orders: int) -> tuple[int, ...]:
     return tuple(map(int, mask))
 
 
-def sum_of_orders(
-    transnet: nn.Module, feature: torch.Tensor, mask: Sequence[int]
-) -> torch.Tensor:
+def sum_of_orders(transnet: nn.Module, feature: torch.Tensor, mask: Sequence[int]) -> torch.Tensor:
     """The orders n of `transnet` with `mask[n]` = 1 in `feature`, added up; of the same shape.
 
     feature: [N,C,H,W] or [N,C]. With all orders the sum is the Trans-Net's output, and costs no
@@ -40,7 +38,7 @@ def sum_of_orders(
 
 
 class Splice(nn.Module):
-    """`logits = tail(sum over n in S of x^(n))`, x^(n) the orders that `transnet` finds behind `head`.
+    """`logits = tail(sum over n in S of x^(n))`, x^(n) the orders of `transnet` in head's feature.
 
     `forward(images)`: float32 [N,3,H,W], normalised for the head's network -> logits [N,C].
     Everything that it is made of is shared, not copied. For inference put both networks into

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from kdfast.analysis.pages import write_files
-from kdfast.analysis.transclassifier import as_csv, as_markdown, as_text, draw_accuracies
 from kdfast.data import ImageData
 from kdfast.errors import UsageError, UserError
 from kdfast.models import checksum, load_weights, read_weights
@@ -30,13 +28,13 @@ from kdfast.training.layout import FREE
 from kdfast.training.links import Chain
 from kdfast.training.loop import Trainer
 from kdfast.training.objective import Objective
-from kdfast.training.run_folder import RunFolder, on_main
+from kdfast.training.run_folder import RunFolder, on_main, write_atomic
 from kdfast.training.setup import arguments_of, metadata
 from kdfast.training.spliced_scores import Examiner
 from kdfast.training.tail import Tail, check_tail
+from kdfast.training.tails_table import OWN, as_csv, as_markdown, as_text
 from kdfast.training.transnet_runs import TransNetRun
 
-OWN = "own"
 # Where networks and caches lie; what they are is known by their checksums.
 _PLACES = {"transnet", "checkpoint-a", "checkpoint-b", "feature-dir"}
 
@@ -45,6 +43,10 @@ class Refinement(Chain):
     """The folder of all sub-runs, made when the first of them begins."""
 
     free = frozenset(FREE - {"epochs"} | {"orders", "own"} | _PLACES)
+
+    def __init__(self, path: Path, record: dict[str, Any]):
+        super().__init__(path, record)
+        self.table, self.picture = path / "transclassifier.csv", path / "transclassifier.png"
 
 
 class Part(RunFolder):
@@ -148,9 +150,7 @@ def train_tails(
     """
     options = settled(options, opened)
     check_tail(opened.b)
-    run = Spliced(
-        options, accelerator, data, opened, Examiner(options, accelerator, data, opened)
-    )
+    run = Spliced(options, accelerator, data, opened, Examiner(options, accelerator, data, opened))
     record = arguments_of(options, accelerator, data, **run.recorded)
     whole = Refinement(path, record)
     parts = [Part(whole, subset) for subset in [*options.orders, *[OWN] * options.own]]
@@ -208,9 +208,7 @@ def _train(run: Spliced, part: Part) -> dict[str, Any]:
             say(f"{part.path.name}: finished before, {part.path}")
             return on_main(accelerator, part.read_results)
         say(f"{part.path.name}: B's tail, {own.epochs} epochs, into {part.path}")
-        features = Features(
-            own, accelerator, data, [b if part.mask is None else run.opened.a]
-        )
+        features = Features(own, accelerator, data, [b if part.mask is None else run.opened.a])
         train, held_out = features.loader("train", shuffle=True), features.loader("val")
         student = Tail(b.network, b.layer)
         trainer = Trainer(
@@ -325,15 +323,10 @@ def _summary(run: Spliced, entries: list[dict[str, Any]]) -> dict[str, Any]:
 def _write_table(
     run: Spliced, whole: Refinement, entries: list[dict[str, Any]], *, of: int
 ) -> None:
-    """CSV, Markdown and chart of the sub-runs that are done; of a finished run no row goes."""
+    """CSV and Markdown of the sub-runs that are done; of a finished run no row goes."""
     if len(entries) < of and whole.results.exists():
         return
     found = _summary(run, entries)
-    write_files(
-        whole.path,
-        {
-            "transclassifier.csv": as_csv(found),
-            "transclassifier.md": as_markdown(found, picture="transclassifier.png"),
-            "transclassifier.png": draw_accuracies(found),
-        },
-    )
+    write_atomic(whole.table, as_csv(found))
+    page = as_markdown(found, picture=whole.picture.name)
+    write_atomic(whole.path / "transclassifier.md", page)

@@ -315,7 +315,8 @@ def every_key() -> set[str]:
     model_flags(parser, student=True)
     # Groups of other scripts, whose flags of the same name are not quite the same.
     keys = set(parser.actions())
-    for add in (head_flags, generation_flags, evolution_flags, pair_flags, transnet_flags, tail_flags):
+    groups = (pair_flags, transnet_flags, tail_flags)
+    for add in (head_flags, generation_flags, evolution_flags, *groups):
         other = Parser()
         add(other)
         keys |= set(other.actions())
