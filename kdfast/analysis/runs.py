@@ -23,6 +23,9 @@ from kdfast.errors import UserError
 # Folders inside a run that hold no run to report on; a first stage is a part of its own.
 _INNER = {"checkpoints", "tensorboard", "weights", "profile", "first-stage"}
 
+# Runs that train no classifier, by the `kind` in their options, and what they hold.
+_NO_NETWORK = {"linear": "heads of a frozen teacher", "transnet": "a Trans-Net of two networks"}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -124,14 +127,16 @@ def _is_chain(path: Path) -> bool:
 
 
 def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Unfinished]]:
-    """All runs of networks at and below `paths`; those of a frozen teacher's heads are passed over.
+    """All runs of networks at and below `paths`; those of what hangs on one are passed over.
 
-    Raises `UserError` as `find_runs` and `read_run` do, and where only heads are left.
+    Raises `UserError` as `find_runs` and `read_run` do, and where nothing else is left.
     """
     folders = find_runs(paths)
-    networks = [path for path in folders if not _holds_heads(path)]
+    others = {path: kind for path in folders if (kind := _kind(path)) in _NO_NETWORK}
+    networks = [path for path in folders if path not in others]
     if not networks:
-        raise UserError(f"{folders[0]} holds heads of a frozen teacher; give runs of networks")
+        what = _NO_NETWORK[others[folders[0]]]
+        raise UserError(f"{folders[0]} holds {what}; give runs of networks")
     read = [read_run(path) for path in networks]
     return (
         [run for run in read if isinstance(run, Run)],
@@ -139,8 +144,8 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Unfinished]]:
     )
 
 
-def _holds_heads(path: Path) -> bool:
-    return read_arguments(path / "args.yaml")[0].get("kind") == "linear"
+def _kind(path: Path) -> Any:
+    return read_arguments(path / "args.yaml")[0].get("kind")
 
 
 def read_run(path: Path) -> Run | Unfinished:

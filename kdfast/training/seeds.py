@@ -6,7 +6,7 @@ import argparse
 import copy
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -20,10 +20,11 @@ def for_each_seed(
     *,
     folder: Callable[[argparse.Namespace], RunFolder],
     train: Callable[[argparse.Namespace, RunFolder], dict[str, Any]],
+    scores: Sequence[str] = ("top1",),
 ) -> None:
     """Train with every seed into `folder(options)`, saying each run's results as a line of JSON.
 
-    With `--seeds` the last line has mean and standard deviation over them. No run begins before all
+    With `--seeds` the last line has mean and standard deviation of `scores` over them. No run begins before all
     folders are known to be free (or, with `--resume auto`, to be gone on with).
     """
     runs = [(own, folder(own)) for own in _one_by_one(options)]
@@ -38,8 +39,10 @@ def for_each_seed(
         summary = {
             "runs": [result["run"] for result in results],
             "seeds": options.seeds,
-            "last_top1": _spread([result["last"]["top1"] for result in results]),
-            "best_top1": _spread([result["best"]["top1"] for result in results]),
+        } | {
+            f"{kind}_{score}": _spread([result[kind][score] for result in results])
+            for kind in ("last", "best")
+            for score in scores
         }
         if accelerator.is_main_process:
             print(json.dumps(summary), flush=True)

@@ -7,6 +7,9 @@ from typing import Any
 from kdfast.training.keeper import SCORES
 from kdfast.training.objective import Choice
 
+# Scores of held-out images that are said, with their names and forms.
+_HELD_OUT = (("eval_top1", "top1", ".2f"), ("eval_residual_share", "residual share", ".4f"))
+
 
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds, as `1:02:03` or `2:03`."""
@@ -19,8 +22,8 @@ def epoch_line(row: dict[str, Any], terms: list[str], epochs: int, left: str) ->
     """What is said of a finished epoch: a row of the summary, and the time left if it is known."""
     said = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"loss {row['train_loss']:.4f}"]
     said += [f"{_of_training(name)} {row[f'train_{name}']:.4g}" for name in terms]
-    if row["eval_top1"] is not None:
-        said.append(f"top1 {row['eval_top1']:.2f}")
+    shown = ((name, row.get(key), form) for key, name, form in _HELD_OUT)
+    said += [f"{name} {value:{form}}" for name, value, form in shown if value is not None]
     said.append(f"{row['images_per_second']:.0f} images/s")
     return "  ".join(said + [f"{left} left"] * bool(left))
 
