@@ -21,13 +21,13 @@ def inherit_flags(parser: Parser, run: str | Path, keys: Collection[str]) -> Non
     """What the run at `run` was made with under `keys` becomes the default of `parser`'s flags.
 
     Recipes, configs and flags win over it. A weights file counts as of the folder it lies in;
-    where that is no run folder, nothing changes.
+    where that is no run folder, nothing changes. Caches of features beside the run are found again.
 
     Raises:
         UserError: the run's args.yaml is damaged.
     """
-    run = Path(run)
-    record = (run if run.is_dir() else run.parent) / "args.yaml"
+    run = Path(run) if Path(run).is_dir() else Path(run).parent
+    record = run / "args.yaml"
     if not record.is_file():
         return
     options = read_yaml(record).get("options")
@@ -37,3 +37,6 @@ def inherit_flags(parser: Parser, run: str | Path, keys: Collection[str]) -> Non
     for key in sorted(options.keys() & actions.keys() & set(keys)):
         value = parser.converted(key, options[key], str(record), key)
         parser.fallbacks[actions[key].dest] = value
+    caches = run.parent / "features"
+    if "feature-dir" in keys and "feature-dir" not in options and caches.is_dir():
+        parser.fallbacks["feature_dir"] = str(caches)
