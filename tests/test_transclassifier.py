@@ -236,7 +236,7 @@ def test_tokens_are_no_feature_of_a_tail():
     shape = (64, 10, 10)
     inputs = Inputs(size, (0.5,) * 3, (0.5,) * 3)
     tapped = Tapped("b", network, "blocks.2", inputs, shape, "", None, 10)
-    with pytest.raises(UsageError, match="'blocks.2' of B .* 64x10x10.* another --layer-b"):
+    with pytest.raises(UsageError, match=r"blocks.2. of B .* 64x10x10.* another --layer-b"):
         check_tail(tapped)
 
 
@@ -332,7 +332,7 @@ def test_scores_equal_a_direct_computation(whole_run):
     for entry in results["subsets"][:2]:
         weights = Path(entry["run"]) / "best.safetensors"
         record = read_weights(weights)[1]
-        net = transnet_at(Path(record["transnet"]["path"]).parent)
+        net = transnet_at(Path(record["transnet"]["path"]))
         head = split_at(network_at(Path(record["a"]["path"])), record["a"]["layer"])[0]
         mask = [int(digit) for digit in record["orders"]]
         for path, expected in ((record["b"]["path"], "before"), (weights, "best")):
@@ -556,6 +556,8 @@ def test_flags_of_the_run_hold_unless_given(run_script, trained):
         (("--orders", "x1"), ["--orders", "x1", "K = 2"]),
         (("--orders", "11", "11"), ["--orders", "repeats"]),
         (("--eval-only",), ["--eval-only"]),
+        (("--pair", "same"), ["--pair", "transnet"]),
+        (("--hflip", 0.5), ["--hflip"]),
         (("--order", "11"), ["--order", "--orders"]),
         (("-b", 2000), ["2000", "--batch-size"]),
         (("--epochs", 0), ["--epochs", "at least 1"]),
@@ -564,6 +566,16 @@ def test_flags_of_the_run_hold_unless_given(run_script, trained):
 )
 def test_impossible_flags(refused, trained, flags, words):
     refused(2, SCRIPT, trained / "transnet", "--features", "live", *flags, words=words)
+
+
+def test_several_transnets(refused):
+    refused(2, SCRIPT, "--pair", "generations", words=["several", "run folder"])
+    refused(2, SCRIPT, "--checkpoint-b", "x", "y", words=["several", "run folder"])
+
+
+def test_other_sets_need_a_run(refused, image_folder):
+    flags = ("--dataset", "folder", "--data-dir", image_folder)
+    refused(2, SCRIPT, *flags, words=["train/transnet.py", "--dataset folder"])
 
 
 def test_what_is_no_transnet(refused, trained, tmp_path):

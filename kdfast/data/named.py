@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kdfast.data.arrays import cifar, digits, fashion_mnist
+from kdfast.data.cub import cub200
+from kdfast.data.dogs import dogs120
 from kdfast.data.folders import folder, imagenet
 from kdfast.data.lists import lists
+from kdfast.data.mix320 import mix320
 from kdfast.data.oxford import aircraft, flowers102
-from kdfast.data.sources import FirstOf, ImageData, Splits, TimmSource
+from kdfast.data.sources import FirstOf, ImageData, Splits, TimmSource, half_of
 from kdfast.data.tiny_imagenet import tiny_imagenet
+from kdfast.data.voc import voc, voc_animal
 from kdfast.errors import UsageError, UserError, unknown
 
 _NAMED: dict[str, Callable[..., ImageData]] = {
@@ -25,6 +30,11 @@ _NAMED: dict[str, Callable[..., ImageData]] = {
     "lists": lists,
     "flowers102": flowers102,
     "aircraft": aircraft,
+    "cub200": cub200,
+    "dogs120": dogs120,
+    "voc": voc,
+    "voc-animal": voc_animal,
+    "mix320": mix320,
 }
 # Those whose splits are where the user says.
 _ANY_SPLITS = ("folder", "lists")
@@ -116,12 +126,14 @@ def open_data(
     eval_split: str | None = None,
     test_split: str | None = None,
     classes: int | None = None,
+    train_half: str | None = None,
     train_limit: int | None = None,
     eval_limit: int | None = None,
 ) -> ImageData:
     """Open image set `name`: one of `dataset_names()` or a name of `timm.data.create_dataset`.
 
-    The limits keep the first images of a split only; `eval_limit` is for testing too.
+    `train_half` is `a` or `b` of `half_of`. The limits keep the first images of a split only, of
+    the half where there is one; `eval_limit` is for testing too.
 
     Raises `UsageError` for an unknown name or a set without a class count, `UserError` when files
     are missing or damaged.
@@ -139,7 +151,14 @@ def open_data(
         data = _from_timm(name, data_dir, download, splits, classes)
     if classes and classes != data.classes:
         raise UsageError(f"--num-classes {classes}, but {name} has {data.classes} classes")
-    changed = {}
+    changed: dict[str, Any] = {}
+    if train_half:
+        data = replace(data, train=half_of(data.train, train_half))
+    if eval_limit:
+        kept = {
+            name: range(part.start, min(part.stop, eval_limit)) for name, part in data.parts.items()
+        }
+        changed["parts"] = {name: part for name, part in kept.items() if part}
     for key, split, limit in (
         ("train", "training", train_limit),
         ("eval", "evaluation", eval_limit),

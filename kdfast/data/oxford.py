@@ -13,7 +13,9 @@ from kdfast.data.sources import (
     FileSource,
     ImageData,
     Splits,
+    find_root,
     lines_of,
+    missing_parts,
 )
 from kdfast.errors import UserError
 
@@ -114,26 +116,14 @@ def _root(
     """
     data_dir = data_dir or Path("data")
     places = [data_dir, data_dir / inner]
-
-    def missing(place: Path) -> list[str]:
-        found = (place / part for part in parts)
-        there = (path.is_file() if path.suffix else path.is_dir() for path in found)
-        return [part for part, is_there in zip(parts, there, strict=True) if not is_there]
-
-    if download and all(map(missing, places)):
+    if download and all(missing_parts(place, parts) for place in places):
         import torchvision
 
         above = data_dir.parent if data_dir.name == inner else data_dir
         open_set = getattr(torchvision.datasets, factory)
         fetch(lambda: open_set(root=above, split="train", download=True), above)
-    best = min(places, key=lambda place: len(missing(place)))
-    if not missing(best):
-        return best
-    where = best if len(missing(best)) < len(parts) else " or ".join(map(str, places))
-    raise UserError(
-        f"no {missing(best)[0]} in {where}; give --data-dir the folder {inner} or the one it is "
-        "in, or add --download"
-    )
+    remedy = f"give --data-dir the folder {inner} or the one it is in, or add --download"
+    return find_root(places, parts, remedy)
 
 
 def _data(name: str, sources: Sequence[FileSource], classes: int) -> ImageData:

@@ -7,8 +7,9 @@ Every source answers `len(source)`, `source.read(index) -> (PIL image, label)`, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -62,7 +63,8 @@ class ImageData:
 
     `eval` is the split that selects, among epochs for one; `test` never does, None when the set
     has no third split. `image_size` is the native side in pixels, None when images vary; `mean`
-    and `std` are per RGB channel in [0, 1], None when the set has no figures of its own.
+    and `std` are per RGB channel in [0, 1], None when the set has no figures of its own. `parts`
+    are the indices of those images of `eval` that are scored apart, too, by the part's name.
     """
 
     name: str
@@ -75,6 +77,7 @@ class ImageData:
     flip: bool = True
     in_memory: bool = False
     test: Source | None = None
+    parts: Mapping[str, range] = field(default_factory=dict)
 
 
 def lines_of(path: Path, remedy: str) -> list[str]:
@@ -84,6 +87,28 @@ def lines_of(path: Path, remedy: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a text file"
         raise UserError(f"cannot read {path}: {reason}; {remedy}") from None
+
+
+def missing_parts(place: Path, parts: Sequence[str]) -> list[str]:
+    """Those of `parts` that are not in `place`; parts without a suffix are folders."""
+
+    def there(path: Path) -> bool:
+        return path.is_file() if path.suffix else path.is_dir()
+
+    return [part for part in parts if not there(place / part)]
+
+
+def find_root(places: Sequence[Path], parts: Sequence[str], remedy: str) -> Path:
+    """The first of `places` that has all `parts`, which are those of `missing_parts`.
+
+    Raises `UserError` naming what is missing, and where, ending in `remedy`.
+    """
+    best = min(places, key=lambda place: len(missing_parts(place, parts)))
+    missing = missing_parts(best, parts)
+    if not missing:
+        return best
+    where = best if len(missing) < len(parts) else " or ".join(map(str, places))
+    raise UserError(f"no {missing[0]} in {where}; {remedy}")
 
 
 def unreadable(source: Source, index: int, error: Exception) -> UserError:
@@ -246,23 +271,46 @@ class TimmSource:
         return None
 
 
-class FirstOf:
+class Subset:
+    """The images of `source` at `indices`, in that order; they are numbered anew from 0."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return self.source.read(self.indices[index])
+
+    def labels(self) -> list[int]:
+        labels = self.source.labels()
+        return [labels[i] for i in self.indices]
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(self.indices[index])
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        return self.source.size(self.indices[index])
+
+
+class FirstOf(Subset):
     """The first `count` images of a source, for trials."""
 
     def __init__(self, source: Source, count: int):
-        self.source, self.count = source, count
+        super().__init__(source, range(min(count, len(source))))
 
-    def __len__(self) -> int:
-        return min(self.count, len(self.source))
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        return self.source.read(index)
+def half_of(source: Source, half: str) -> Subset:
+    """Half `a` or `b` of the images of every class, in the order of `source`.
 
-    def labels(self) -> list[int]:
-        return self.source.labels()[: self.count]
-
-    def describe(self, index: int) -> str:
-        return self.source.describe(index)
-
-    def size(self, index: int) -> tuple[int, int] | None:
-        return self.source.size(index)
+    Of n images of a class the first floor(n / 2) are in `a`, the others in `b`.
+    """
+    labels = source.labels()
+    total, seen = Counter(labels), Counter()
+    indices = []
+    for index, label in enumerate(labels):
+        if (seen[label] < total[label] // 2) == (half == "a"):
+            indices.append(index)
+        seen[label] += 1
+    return Subset(source, indices)

@@ -68,9 +68,17 @@ def train_transform(
 
 
 def eval_transform(
-    size: tuple[int, int], crop_pct: float, interpolation: str, native: int | None
+    size: tuple[int, int],
+    crop_pct: float,
+    interpolation: str,
+    native: int | None,
+    crop_mode: str = "center",
 ) -> Callable[[Image.Image], torch.Tensor]:
-    """The evaluation pipeline: as is at the native size, else resize and centre crop."""
+    """The evaluation pipeline: as is at the native size, else resized to 1 / `crop_pct` and cut.
+
+    `crop_mode` is timm's: `center` keeps the ratio and resizes the shorter side, `squash` resizes
+    both sides without keeping it, `border` keeps it, resizes the longer side and fills up.
+    """
     from timm.data import create_transform
 
     if size == (native, native):
@@ -81,6 +89,7 @@ def eval_transform(
         (3, *size),
         is_training=False,
         crop_pct=crop_pct,
+        crop_mode=crop_mode,
         interpolation=interpolation,
         normalize=False,
     )

@@ -243,6 +243,7 @@ def distill(
                 run,
                 metadata(made.student, options.model_kwargs, data, made.inputs, made.parent),
                 options.save_epochs,
+                data.parts,
             ),
             arguments,
             teacher=made.main.teacher if made.main.choice.methods else None,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,8 +48,8 @@ _GIB = 2**30
 def data_fingerprint(source: Source, *, in_memory: bool) -> str:
     """SHA-256 (hex) of which images `source` has, with which labels.
 
-    Of images in memory it is over their pixels; of files over their names, below the folder they
-    all share, and their sizes: a set may move, and no file is read.
+    Of images in memory it is over their pixels; of files over their names, with the folder each is
+    in, and their sizes: a set may move, and no file is read.
     """
     digest = hashlib.sha256(np.asarray(source.labels(), "<i8"))
     if in_memory:
@@ -57,17 +58,16 @@ def data_fingerprint(source: Source, *, in_memory: bool) -> str:
             digest.update(f"{image.mode} {image.size}".encode())
             digest.update(image.tobytes())
         return digest.hexdigest()
-    names = [source.describe(index) for index in range(len(source))]
-    shared = len(os.path.commonprefix(names).rpartition("/")[0])
-    for name in names:
-        digest.update(f"{name[shared:]}\0{_size_of(name)}\0".encode())
+    for index in range(len(source)):
+        name = source.describe(index)
+        digest.update(f"{name.rsplit('/', 2)[-2:]} {_size_of(name)}".encode())
     return digest.hexdigest()
 
 
 def _size_of(name: str) -> int | None:
-    """Bytes of the file of that name; None where it is no file's."""
+    """Bytes of the file of that name, less the words for a box in it; None where it is no file's."""
     try:
-        return os.stat(name).st_size
+        return os.stat(name.partition(" box ")[0]).st_size
     except (OSError, ValueError):
         return None
 
@@ -82,7 +82,7 @@ class Target:
     scale: torch.Tensor | None = None
     lock: IO | None = None
     file: IO | None = None
-    columns: np.memmap | None = field(default=None, repr=False)
+    columns: np.memmap | None = None
 
     @property
     def partial(self) -> Path:
@@ -93,15 +93,17 @@ class Target:
 
         While another command makes it, this waits. A folder that a killed one left is emptied.
         """
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self.lock = (self.partial / ".lock").open("a")
-        try:
+        while True:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.partial / ".lock").open("a")
             _lock(self.lock, self.path)
-        except OSError as error:
-            journal.say(f"note: {self.partial} cannot be locked here ({error.strerror})")
-        if self.path.exists():
-            self.release()
-            return False
+            if self.path.exists():
+                self.release()
+                return False
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.lock.name)):
+                    break
+            self.release()  # of a folder that the other one has removed
         with (self.partial / "data.bin").open("wb") as file:
             file.truncate(2 * self.record["images"] * int(np.prod(self.record["shape"])))
         np.save(self.partial / "columns.npy", np.zeros(self.record["images"], COLUMNS))
@@ -109,14 +111,8 @@ class Target:
 
     def open(self) -> None:
         """Open the files of the folder for this process's rows."""
-        try:
-            self.file = (self.partial / "data.bin").open("r+b", buffering=0)
-            self.columns = np.lib.format.open_memmap(self.partial / "columns.npy", "r+")
-        except OSError as error:
-            raise UserError(
-                f"cannot write feature cache {self.path}: {error.strerror}; --feature-dir must be "
-                "a disk that all processes share, or give --features live"
-            ) from None
+        self.file = (self.partial / "data.bin").open("r+b", buffering=0)
+        self.columns = np.lib.format.open_memmap(self.partial / "columns.npy", "r+")
 
     def write(self, batch: Batch, first: int) -> None:
         """Write the rows of `batch`, whose images follow each other from dataset index `first`."""
@@ -146,6 +142,7 @@ class Target:
         """Have the disk hold what this process has written."""
         os.fsync(self.file.fileno())
         self.columns.flush()
+        self.columns = None
         self.file.close()
 
     def complete(self) -> None:
@@ -172,11 +169,27 @@ class Target:
 
 
 def _lock(file: IO, path: Path) -> None:
+    """Wait until `file` is this process's alone."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            journal.say(f"note: {file.name} cannot be locked here ({error.strerror})")
+            return
         journal.say(f"feature cache {path} is being made by another process; waiting for it")
         fcntl.lockf(file, fcntl.LOCK_EX)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Name the remedy where caches in `folder` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write a feature cache in {folder}: {error.strerror or error}; give another "
+            "--feature-dir, on a disk that all processes share, or --features live"
+        ) from None
 
 
 def _write_at(handle: int, data: memoryview, offset: int) -> None:
@@ -202,23 +215,17 @@ def build(
     """
     # In one order everywhere: two commands that wait for each other's caches would wait forever.
     targets = sorted(targets, key=lambda target: target.path)
-    left: list[Target] = []
+    begun: list[Target] = []
     try:
-        wanted = on_main(accelerator, lambda: _begin(targets, left))
+        wanted = on_main(accelerator, lambda: _begin(targets, begun))
         targets = [target for target, due in zip(targets, wanted, strict=True) if due]
-        sizes = dict.fromkeys(target.net.inputs.size for target in targets)
-        for size in sizes:
+        for size in dict.fromkeys(target.net.inputs.size for target in targets):
             group = [target for target in targets if target.net.inputs.size == size]
             _fill(group, size, options, accelerator, data, source)
         accelerator.wait_for_everyone()
-        on_main(accelerator, lambda: [target.complete() for target in targets] and None)
-    except OSError as error:
-        raise UserError(
-            f"cannot write a feature cache in {targets[0].path.parent}: {error.strerror or error}; "
-            "give another --feature-dir, or --features live"
-        ) from None
+        on_main(accelerator, lambda: _complete(targets))
     finally:
-        for target in left:
+        for target in begun:
             target.discard()
     for target in targets:
         net, gib = target.net, bytes_of(target.record) / _GIB
@@ -230,12 +237,19 @@ def build(
 
 def _begin(targets: Sequence[Target], begun: list[Target]) -> list[bool]:
     """Which of `targets` are to be made; these are `begun`, each as soon as its folder is held."""
-    _require_room(targets)
     wanted = []
-    for target in targets:
-        begun.append(target)
-        wanted.append(target.begin())
+    with _writing(targets[0].path.parent):
+        _require_room(targets)
+        for target in targets:
+            begun.append(target)
+            wanted.append(target.begin())
     return wanted
+
+
+def _complete(targets: Sequence[Target]) -> None:
+    for target in targets:
+        with _writing(target.path.parent):
+            target.complete()
 
 
 def _require_room(targets: Sequence[Target]) -> None:
@@ -259,11 +273,10 @@ def first_images(
     data: ImageData,
     source: Source,
     size: tuple[int, int],
-    classes: int,
 ) -> torch.Tensor:
     """The first `count` images of `source` as the evaluation pipeline gives them, uint8."""
     plan = BatchPlan(min(count, len(source)), count)
-    loader = Loader(source, evaluation_transform(options, data, size), plan, classes=classes)
+    loader = Loader(source, evaluation_transform(options, data, size), plan, classes=data.classes)
     return next(iter(loader.epoch(0))).images
 
 
@@ -278,13 +291,12 @@ def _fill(
     """Write this process's rows of `targets`, whose networks take images of `size`."""
 
     def scales() -> list[list[float]]:
-        images = first_images(FIRST_IMAGES, options, data, source, size, data.classes)
+        images = first_images(FIRST_IMAGES, options, data, source, size)
         return [channel_scale(target.net.features(images)).tolist() for target in targets]
 
-    # Powers of two, so that a list is as good; one process's, since others may round differently.
+    # Of one process: others may round differently, just where the next power of two begins.
     for target, scale in zip(targets, on_main(accelerator, scales), strict=True):
         target.scale = torch.tensor(scale)
-        target.open()
     processes = accelerator.num_processes
     plan = BatchPlan(
         len(source),
@@ -295,12 +307,17 @@ def _fill(
     settings = loader_settings(options, data, accelerator)
     loader = Loader(source, evaluation_transform(options, data, size), plan, **settings)
     shown = accelerator.is_main_process and sys.stderr.isatty()
+    bar = tqdm(total=plan.steps, desc="features", disable=not shown, leave=False)
     try:
-        for batch in tqdm(loader.epoch(0), "features", plan.steps, disable=not shown, leave=False):
-            if batch.portion.count:
-                for target in targets:
-                    target.write(batch, batch.portion.indices[0])
+        with _writing(targets[0].path.parent), bar:
+            for target in targets:
+                target.open()
+            for batch in loader.epoch(0):
+                if batch.portion.count:
+                    for target in targets:
+                        target.write(batch, batch.portion.indices[0])
+                bar.update()
+            for target in targets:
+                target.end()
     finally:
         loader.close()
-    for target in targets:
-        target.end()

@@ -40,9 +40,9 @@ def channel_scale(features: torch.Tensor) -> torch.Tensor:
     one: what is silent in these images may not be in others.
     """
     others = [axis for axis in range(features.dim()) if axis != 1]
-    largest = features.abs().amax(others).double().cpu()
-    largest = largest.clamp(min=max(largest.max().item() / 64, 2.0**-100))
-    return torch.ldexp(torch.ones(()), torch.frexp(largest).exponent - 4)
+    largest = features.abs().amax(others).double().cpu().numpy()
+    largest = np.maximum(largest, max(largest.max() / 64, 2.0**-100))
+    return torch.from_numpy(np.ldexp(np.float32(1), np.frexp(largest)[1] - 4))
 
 
 def encode(features: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -139,7 +139,8 @@ class FeatureCache:
         """
         stored = decode(self.rows(range(len(features))), self.scale).flatten(1).double()
         live = features.cpu().flatten(1).double()
-        far = ((stored - live).norm(dim=1) > tolerance * live.norm(dim=1)).nonzero()
+        near = (stored - live).norm(dim=1) <= tolerance * live.norm(dim=1)
+        far = (~near).nonzero()
         if len(far):
             raise UserError(
                 f"feature cache {self.path} does not hold what the network answers to image "

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from kdfast.seeding import derive_seed
 from kdfast.training.feature_build import Target, build, data_fingerprint, first_images
 from kdfast.training.feature_cache import LAYOUT, FeatureCache, decode
 from kdfast.training.run_folder import on_main
-from kdfast.training.setup import evaluation_transform, eval_plan, loader_settings, train_plan
+from kdfast.training.setup import eval_plan, evaluation_transform, loader_settings, train_plan
 from kdfast.training.tapped import Tapped
 
 # Batches that are read before they are asked for.
@@ -58,6 +58,7 @@ class Features:
             )
         self.options, self.accelerator, self.data = options, accelerator, data
         self.nets = tuple(nets)
+        self._identities = [json.dumps(_known(net)) for net in self.nets]
 
     def loader(self, split: str, *, shuffle: bool = False) -> CachedLoader | LiveLoader:
         """Batches of "train", "val" or "test"; the set's "val" where it has no third split.
@@ -90,18 +91,15 @@ class Features:
         A network that is given twice, with the same images, is asked once.
         """
         found: dict[tuple, torch.Tensor] = {}
-        keys = [
-            (id(part), *(() if isinstance(part, Rows) else _identity(net)))
-            for net, part in zip(self.nets, images, strict=True)
-        ]
-        for key, net, part in zip(keys, self.nets, images, strict=True):
+        features = []
+        for net, identity, part in zip(self.nets, self._identities, images, strict=True):
+            key = (id(part), identity)
             if key not in found:
-                found[key] = self._arranged(
-                    part.features(self.accelerator.device)
-                    if isinstance(part, Rows)
-                    else net.features(part)
-                )
-        return tuple(found[key] for key in keys)
+                rows = isinstance(part, Rows)
+                feature = part.features(self.accelerator.device) if rows else net.features(part)
+                found[key] = self._arranged(feature)
+            features.append(found[key])
+        return tuple(features)
 
     def _arranged(self, features: torch.Tensor) -> torch.Tensor:
         maps = self.options.channels_last and features.dim() == 4
@@ -147,47 +145,46 @@ class Features:
         if due := on_main(self.accelerator, absent):
             due_targets = [targets[path] for path in due]
             build(due_targets, self.options, self.accelerator, self.data, source)
-        on_main(
-            self.accelerator, lambda: [self._check(t, source) for t in targets.values()] and None
-        )
+        on_main(self.accelerator, lambda: self._check(targets.values(), source))
         opened = {path: FeatureCache(path) for path in targets}
         return [opened[path] for path in paths]
 
-    def _check(self, target: Target, source: Source) -> None:
-        """Refuse a cache that is not of these weights, images and settings."""
-        cache = FeatureCache(target.path)
-        cache.require(target.record)
-        size = target.net.inputs.size
-        images = first_images(
-            CHECKED_IMAGES, self.options, self.data, source, size, self.data.classes
-        )
-        cache.require_like(target.net.features(images))
+    def _check(self, targets: Iterable[Target], source: Source) -> None:
+        """Refuse caches that are not of these weights, images and settings."""
+        for target in targets:
+            cache, net = FeatureCache(target.path), target.net
+            cache.require(target.record)
+            size = net.inputs.size
+            images = first_images(CHECKED_IMAGES, self.options, self.data, source, size)
+            cache.require_like(net.features(images))
 
     def _record(self, net: Tapped, split: str, images: int, fingerprint: str) -> dict[str, Any]:
         options, size = self.options, net.inputs.size
         native = self.data.image_size
         crop = None
         if size != (native, native):
-            mode = getattr(options, "crop_mode", None)
+            mode = options.crop_mode or "center"
             crop = [native, options.crop_pct, options.interpolation, mode]
-        chosen = ("train_split", "train_half") if split == "train" else (f"{split}_split",)
+        chosen = [getattr(options, f"{split}_split")]
+        if split == "train":
+            chosen.append(options.train_half)
         record = {
-            **net.record(),
+            **_known(net),
             "layout": LAYOUT,
             "dtype": options.feature_dtype,
             "dataset": self.data.name,
             "split": split,
-            "selection": [getattr(options, name, None) for name in chosen],
+            "selection": chosen,
             "images": images,
             "crop": crop,
             "data": fingerprint,
         }
-        del record["path"]  # weights may move
         return json.loads(json.dumps(record))
 
 
-def _identity(net: Tapped) -> tuple:
-    return net.checksum, net.layer, net.inputs
+def _known(net: Tapped) -> dict[str, Any]:
+    """What is recorded of a network, but for where its weights lie."""
+    return {key: value for key, value in net.record().items() if key != "path"}
 
 
 def folder_name(record: dict[str, Any]) -> str:
@@ -255,16 +252,16 @@ class CachedLoader:
         coming: deque = deque()
         portions = iter(self.plan.portions(epoch, first_step))
 
-        def order_next() -> None:
+        def read_next() -> None:
             if (portion := next(portions, None)) is not None:
                 coming.append(reader.submit(self._read, portion))
 
         for _ in range(AHEAD):
-            order_next()
+            read_next()
         try:
             while coming:
                 batch = coming.popleft().result()
-                order_next()
+                read_next()
                 yield batch
         finally:
             for future in coming:

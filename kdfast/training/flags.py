@@ -15,8 +15,9 @@ def data_flags(parser: Parser) -> None:
         "--dataset",
         default="digits",
         help="digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, imagenet, flowers102, "
-        "aircraft, folder, lists (train.txt, val.txt and perhaps test.txt, or .csv, each row an "
-        "image file and its label), or a name of timm's create_dataset such as torch/cifar10 or "
+        "aircraft, cub200, dogs120, voc, voc-animal and mix320 (cut to their boxes), folder, lists "
+        "(train.txt, val.txt and perhaps test.txt, or .csv, each row an image file and its "
+        "label), or a name of timm's create_dataset such as torch/cifar10 or "
         "hfds/owner/name",
     )
     flag(group, "--data-dir", metavar="PATH", help="where the set's files are")
@@ -24,6 +25,12 @@ def data_flags(parser: Parser) -> None:
     flag(group, "--train-split", help="name of the training split, or of its folder or list")
     flag(group, "--val-split", help="name of the evaluation split")
     flag(group, "--test-split", help="name of a third split, which selects nothing")
+    flag(
+        group,
+        "--train-half",
+        choices=("a", "b"),
+        help="train on half of the images of every class: a are the first, b the others",
+    )
     flag(
         group, "--train-limit", type=positive, metavar="N", help="train on the first N images only"
     )
@@ -74,6 +81,13 @@ def data_flags(parser: Parser) -> None:
     flag(group, "--ratio", type=number, nargs=2, default=[3 / 4, 4 / 3], help="ratio range of rrc")
     flag(group, "--color-jitter", type=amount, default=0.0, help="strength, with rrc or rkrc")
     flag(group, "--aa", metavar="POLICY", help="timm AutoAugment policy, with rrc or rkrc")
+    flag(
+        group,
+        "--crop-mode",
+        choices=("center", "squash", "border"),
+        help="where images are not augmented; center: cut the middle out of them; squash: resize "
+        "both sides without keeping the ratio; border: add borders (default: center)",
+    )
     parser.switch(
         group, "--aug", default=True, help="augment; --no-aug trains on the evaluation pipeline"
     )
@@ -124,6 +138,19 @@ def model_flags(parser: Parser, *, student: bool) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="arguments for the model's constructor",
+    )
+
+
+def pruning_flags(parser: Parser) -> None:
+    parser.flag(
+        parser.add_argument_group("pruning"),
+        "--prune",
+        type=amount,
+        nargs=2,
+        metavar=("CONV", "FC"),
+        help="before training set the weights of convolutions and linear layers to zero whose "
+        "magnitude is below this many standard deviations of their layer's, and keep them there; "
+        "0.2 1.0 are published",
     )
 
 

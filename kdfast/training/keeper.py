@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -49,20 +50,28 @@ class StudentKeeper:
     """One network: `last.safetensors`, `best.safetensors`, and `weights/` of `save_epochs`.
 
     `metadata` goes into each file. The best epoch is that of the highest top-1, the first on ties,
-    of those that were evaluated.
+    of those that were evaluated. `parts` are scored apart, too: see `evaluate`.
     """
 
-    score_names = ["loss", "top1", "top5"]  # noqa: RUF012 (never changed)
-
-    def __init__(self, run: RunFolder, metadata: dict[str, Any], save_epochs: Collection[int] = ()):
-        self.run, self.metadata, self.save_epochs = run, metadata, save_epochs
+    def __init__(
+        self,
+        run: RunFolder,
+        metadata: dict[str, Any],
+        save_epochs: Collection[int] = (),
+        parts: Mapping[str, range] = MappingProxyType({}),
+    ):
+        self.run, self.metadata, self.save_epochs, self.parts = run, metadata, save_epochs, parts
+        self.score_names = ["loss", "top1", "top5", *(f"top1_{name}" for name in parts)]
 
     def evaluate(self, scored, loader, accelerator, prepare, before_batch) -> dict[str, float]:
-        scores = evaluate(lambda x: scored(x)[0], loader, accelerator, prepare, before_batch)
+        scores = evaluate(
+            lambda x: scored(x)[0], loader, accelerator, prepare, before_batch, self.parts
+        )
         return {name: scores[name] for name in self.score_names}
 
     def remember(self, history: dict[str, Any], row: dict[str, Any]) -> bool:
-        scores = {"epoch": row["epoch"]} | {name: row[f"eval_{name}"] for name in SCORES}
+        names = [*SCORES, *(f"top1_{name}" for name in self.parts)]
+        scores = {"epoch": row["epoch"]} | {name: row[f"eval_{name}"] for name in names}
         better = history["best"] is None or scores["top1"] > history["best"]["top1"]
         history["last"] = scores
         if better:

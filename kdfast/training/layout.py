@@ -9,4 +9,5 @@ FREE = {
     "output", "experiment", "resume", "recipe", "epochs", "save-epochs", "checkpoint-hist",
     "checkpoint-steps", "log-interval", "profile", "workers", "threads", "data-dir", "download",
     "baseline", "amp", "teacher-checkpoint", "teacher-epochs", "heads", "cache-images",
+    "feature-dir",
 }  # fmt: skip

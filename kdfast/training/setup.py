@@ -123,6 +123,7 @@ def _open(options: argparse.Namespace, *, download: bool) -> ImageData:
         eval_split=options.val_split,
         test_split=options.test_split,
         classes=options.num_classes,
+        train_half=options.train_half,
         train_limit=options.train_limit,
         eval_limit=options.eval_limit,
     )
@@ -265,9 +266,17 @@ def make_loaders(
     if options.aug:
         training = train_transform(inputs.size, augmentation, options.interpolation, native)
     common = loader_settings(options, data, accelerator)
+    evaluated = eval_plan(options, data.eval, accelerator)
+    if options.eval_drop_last:
+        for name, part in data.parts.items():
+            if evaluated.steps * evaluated.global_batch <= part.start:
+                raise UsageError(
+                    f"--eval-drop-last leaves no image of {name} in the evaluation split of "
+                    f"{data.name}; lower --batch-size"
+                )
     return (
         Loader(data.train, training, train_plan(options, data, data.train, accelerator), **common),
-        Loader(data.eval, held_out, eval_plan(options, data.eval, accelerator), **common),
+        Loader(data.eval, held_out, evaluated, **common),
     )
 
 
@@ -275,7 +284,8 @@ def evaluation_transform(
     options: argparse.Namespace, data: ImageData, size: tuple[int, int]
 ) -> Callable[[Image.Image], torch.Tensor]:
     """The pipeline without augmentation, to images of `size`."""
-    return eval_transform(size, options.crop_pct, options.interpolation, data.image_size)
+    mode = options.crop_mode or "center"
+    return eval_transform(size, options.crop_pct, options.interpolation, data.image_size, mode)
 
 
 def loader_settings(

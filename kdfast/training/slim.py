@@ -40,7 +40,7 @@ class Examiner:
     ):
         self.options, self.accelerator, self.inputs = options, accelerator, inputs
         self.split = "evaluation" if data.test is None else "test"
-        own = data if data.test is None else replace(data, eval=data.test)
+        own = data if data.test is None else replace(data, eval=data.test, parts={})
         _, self.loader = make_loaders(options, own, inputs, accelerator)
         self.prepare = preparer(inputs, accelerator, channels_last=options.channels_last)
 

@@ -99,6 +99,31 @@ def check_flags(options: argparse.Namespace) -> None:
         )
     if options.orders and len(set(options.orders)) < len(options.orders):
         raise UsageError(f"--orders {' '.join(options.orders)} repeats a mask")
+    given = options.given
+    if options.transnet is None and (
+        options.pair == "generations" or len(options.checkpoint_b or ()) > 1
+    ):
+        raise UsageError(
+            "several networks B have a Trans-Net each, and a tail is fine-tuned behind one of "
+            "them: give its run folder"
+        )
+    if options.transnet is not None and given & {"pair", "shuffle_pairs"}:
+        flag = "--pair" if "pair" in given else "--shuffle-pairs"
+        raise UsageError(
+            f"{flag} says which Trans-Net is meant, but {options.transnet} is given; drop one"
+        )
+    changed = {
+        "--hflip": options.hflip,
+        "--aa": options.aa,
+        "--color-jitter": options.color_jitter,
+        "--train-crop-mode": options.train_crop_mode not in (None, "none"),
+    }
+    for flag, value in changed.items():
+        if value and flag[2:].replace("-", "_") in given:
+            raise UsageError(
+                f"{flag} changes images, and a tail learns from features of images as they are; "
+                "drop it"
+            )
 
 
 def choose_orders(given: Sequence[str] | None, layers: int) -> list[str]:
