@@ -114,21 +114,29 @@ def transnet_at(run: Path) -> TransNet:
 # The spliced network.
 
 
+MLP = torch.nn.Sequential(
+    torch.nn.Flatten(), torch.nn.Linear(768, 24), torch.nn.ReLU(inplace=True),
+    torch.nn.Dropout(), torch.nn.Linear(24, 7),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "name, layer, size",
     [
         ("cifar_resnet8", "layer2.0.act2:in", 32),
-        ("cifar_vgg8", "block3.0.conv", 32),
-        ("resnet18", "layer3.1.act2:in", 64),
-        ("vgg11_bn", "features.15", 64),
-        ("torchvision.models:alexnet", "features.8", 96),
-        ("torchvision.models:alexnet", "classifier.1", 96),
+        ("cifar_vgg8", "block3.0", 32),
+        ("test_resnet", "layer3.0.act3:in", 64),
+        ("vectors", "1", 16),
     ],
 )
 def test_the_tail_on_the_raw_feature_is_the_network(name, layer, size):
-    """(10) Bitwise; maps and vectors."""
+    """(10) Bitwise; before an activation, before a normalisation, and of vectors."""
     torch.manual_seed(0)
-    network, images = create_model(name, 7).eval(), torch.randn(3, 3, size, size)
+    network, images = (
+        MLP if name == "vectors" else create_model(name, 7),
+        torch.randn(3, 3, size, size),
+    )
+    network.eval()
     head, tail = split_at(network, layer)
     feature = head(images)
     assert torch.equal(tail(feature), network(images))
@@ -217,11 +225,14 @@ def test_only_the_tail_trains():
 
 
 def test_dropout_is_live_in_training():
+    """Also that of the network's own code, which is no layer."""
     torch.manual_seed(0)
-    tail = Tail(create_model("vgg11", 10, drop_rate=0.5), "features.10")
-    feature = torch.randn(2, 256, 8, 8)
-    assert not torch.equal(tail.train()(feature)[0], tail(feature)[0])
-    assert torch.equal(tail.eval()(feature)[0], tail(feature)[0])
+    network = create_model("test_resnet", 10, drop_rate=0.5)
+    feature = split_at(network, "layer3")[0](torch.randn(2, 3, 64, 64))
+    for tail, x in ((Tail(network, "layer3"), feature), (Tail(MLP, "1"), torch.randn(2, 24))):
+        x = x.detach()
+        assert not torch.equal(tail.train()(x)[0], tail(x)[0])
+        assert torch.equal(tail.eval()(x)[0], tail(x)[0])
 
 
 def test_a_layer_with_nothing_behind_it():
@@ -229,15 +240,27 @@ def test_a_layer_with_nothing_behind_it():
         Tail(create_model("cifar_resnet8", 10), "fc")
 
 
-def test_tokens_are_no_feature_of_a_tail():
-    """Watched as a map without the class token, which the next block needs."""
-    network = create_model("test_vit", 10).eval()
-    size = (160, 160)
-    shape = (64, 10, 10)
-    inputs = Inputs(size, (0.5,) * 3, (0.5,) * 3)
-    tapped = Tapped("b", network, "blocks.2", inputs, shape, "", None, 10)
-    with pytest.raises(UsageError, match=r"blocks.2. of B .* 64x10x10.* another --layer-b"):
+class ChannelsLast(torch.nn.Module):
+    """Maps [N,H,W,C] between its layers, as timm's `output_fmt` says."""
+
+    output_fmt = "NHWC"
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block = torch.nn.Conv2d(3, 6, 1), torch.nn.Linear(6, 6)
+        self.fc = torch.nn.Linear(6, 10)
+
+    def forward(self, x):
+        x = self.stem(x).permute(0, 2, 3, 1)
+        return self.fc(self.block(x).mean((1, 2)))
+
+
+def test_what_is_watched_is_not_always_what_the_tail_takes():
+    inputs = Inputs((8, 8), (0.5,) * 3, (0.5,) * 3)
+    tapped = Tapped("b", ChannelsLast(), "block", inputs, (6, 8, 8), "", None, 10)
+    with pytest.raises(UsageError, match=r"'block' of B .* 6x8x8.* another --layer-b"):
         check_tail(tapped)
+    check_tail(Tapped("b", ChannelsLast(), "stem", inputs, (6, 8, 8), "", None, 10))
 
 
 # A run.
