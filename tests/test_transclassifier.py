@@ -276,8 +276,8 @@ def test_subruns(whole_run, trained, teacher_run):
         own, options = results_of(part), options_of(part)
         assert entry["run"] == str(part) == own["run"]
         assert own["tested"]["last"] == entry["last"]
-        assert options["orders"] == ([entry["orders"]] if "orders" in name else [])
-        assert options["own"] == (name == "own") and options["model"] == "cifar_resnet14"
+        assert options["orders"] == [entry["orders"]] and "own" not in options
+        assert options["model"] == "cifar_resnet14"
         assert entry["checksum"] == checksum(load_file(part / "last.safetensors"))
         for kind in ("last", "best"):
             assert entry[kind]["epoch"] == own[kind]["epoch"]

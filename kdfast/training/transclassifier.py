@@ -213,9 +213,10 @@ def _check_parts(whole: Refinement, parts: Sequence[Part]) -> None:
 
 
 def _options_of(run: Spliced, part: Part) -> argparse.Namespace:
-    """The options of one sub-run, as if it were the only one."""
+    """The options of one sub-run, whose `orders` may be its `own`."""
     own = copy.copy(run.options)
-    own.orders, own.own = ([], True) if part.mask is None else ([part.subset], False)
+    own.orders = [part.subset]
+    del own.own
     own.output, own.experiment = str(part.path.parent), part.path.name
     # The caches of all sub-runs are the same.
     own.feature_dir = own.feature_dir or str(Path(run.options.output) / "features")
