@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from kdfast.errors import UsageError
@@ -17,16 +18,19 @@ class Tail(nn.Module):
     """What of a copy of `network` lies behind `layer`, all of its parameters to be trained.
 
     `forward(feature)` -> (logits [N,C], ()), as a watched network answers. Parameters, buffers and
-    modes are the tail's alone; `model` is the whole network, whose weights are saved.
+    modes are the tail's alone; `model` is the whole network, whose weights are saved. With `sync_bn`
+    batch normalisation takes its statistics over all processes.
 
     Raises:
         UsageError: a network that cannot be cut there, or of which the tail has no parameters, or
             others in training than in evaluation (auxiliary classifiers).
     """
 
-    def __init__(self, network: nn.Module, layer: str):
+    def __init__(self, network: nn.Module, layer: str, *, sync_bn: bool = False):
         super().__init__()
         network = copy.deepcopy(network).requires_grad_(False).eval()
+        if sync_bn:
+            network = convert_sync_batchnorm(network)
         _, tail = split_at(network, layer)
         # Once each: the two versions of a cut network's code share their layers. In a list, so that
         # neither the whole network nor a layer's second name is a part of this one.

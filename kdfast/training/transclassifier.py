@@ -10,6 +10,7 @@ import argparse
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Spliced:
     examiner: Examiner
     before: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def recorded(self) -> dict[str, str]:
         """What the runs' records know the three networks by."""
         net, a, b = self.opened.net, self.opened.a, self.opened.b
@@ -236,7 +237,7 @@ def _train(run: Spliced, part: Part) -> dict[str, Any]:
         say(f"{part.path.name}: B's tail, {own.epochs} epochs, into {part.path}")
         features = Features(own, accelerator, data, [b if part.mask is None else run.opened.a])
         train, held_out = features.loader("train", shuffle=True), features.loader("val")
-        student = Tail(b.network, b.layer)
+        student = Tail(b.network, b.layer, sync_bn=own.sync_bn)
         trainer = Trainer(
             accelerator,
             Objective(student, label_smoothing=own.smoothing),
