@@ -18,8 +18,8 @@ class Tail(nn.Module):
     """What of a copy of `network` lies behind `layer`, all of its parameters to be trained.
 
     `forward(feature)` -> (logits [N,C], ()), as a watched network answers. Parameters, buffers and
-    modes are the tail's alone; `model` is the whole network, whose weights are saved. With `sync_bn`
-    batch normalisation takes its statistics over all processes.
+    modes are the tail's alone; `model` is the whole network, whose weights are saved. With
+    `sync_bn` batch normalisation takes its statistics over all processes.
 
     Raises:
         UsageError: a network that cannot be cut there, or of which the tail has no parameters, or
