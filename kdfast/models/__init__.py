@@ -14,6 +14,7 @@ from kdfast.models.heads import ConvHead, DeepHead, LinearHead, parameter_count
 from kdfast.models.inputs import InputAdapter
 from kdfast.models.masked import masked_dense
 from kdfast.models.slim import extract_slim, reset, split_masks
+from kdfast.models.splice import Splice
 from kdfast.models.split import split_at
 from kdfast.models.stages import default_stages, pair_stages
 from kdfast.models.taps import Taps, classifier_name, find_layer, penultimate
@@ -26,6 +27,7 @@ __all__ = [
     "InputAdapter",
     "LinearHead",
     "MountedHeads",
+    "Splice",
     "Taps",
     "TransNet",
     "aliases",

@@ -116,3 +116,22 @@ def transnet_flags(parser: Parser) -> None:
         help="weight of p^2: one for all gates, or one for each of the K - 1",
     )
     parser.switch(group, "--freeze-gates", help="leave every gate p at 0.5")
+
+
+def tail_flags(parser: Parser) -> None:
+    """Which orders B's tail is fine-tuned on, and what is trained beside them."""
+    flag = parser.flag
+    group = parser.add_argument_group(
+        "trans-classifier", "B's tail is fine-tuned on orders of what g finds in A's feature."
+    )
+    flag(
+        group,
+        "--orders",
+        nargs="+",
+        metavar="MASK",
+        help="the orders of each sub-run, one digit each, 1 to keep it, order 0, the linear one, "
+        "first (default: the first, the first two, and so on: 100 110 111 for K = 3)",
+    )
+    parser.switch(
+        group, "--own", default=True, help="also fine-tune B's tail on B's own raw feature"
+    )

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from kdfast.methods import Option, find_method, method_names
-from kdfast.training.consistency_flags import pair_flags, transnet_flags
+from kdfast.training.consistency_flags import pair_flags, tail_flags, transnet_flags
 from kdfast.training.flags import (
     data_flags,
     model_flags,
@@ -321,7 +321,8 @@ def every_key() -> set[str]:
     model_flags(parser, student=True)
     # Groups of other scripts, whose flags of the same name are not quite the same.
     keys = set(parser.actions())
-    for add in (head_flags, generation_flags, evolution_flags, pair_flags, transnet_flags):
+    groups = (pair_flags, transnet_flags, tail_flags)
+    for add in (head_flags, generation_flags, evolution_flags, *groups):
         other = Parser()
         add(other)
         keys |= set(other.actions())
