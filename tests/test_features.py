@@ -556,6 +556,23 @@ def test_a_killed_build_is_no_cache(tmp_path):
     assert len(caches(tmp_path)) == 2 and not list((tmp_path / "features").glob(".*.partial"))
 
 
+def test_a_cache_being_made_is_held_to_the_end(tmp_path, monkeypatch):
+    """Another command must not begin it again, not even just before it has its name."""
+    attempt = (
+        "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    )
+    rename, tried = Path.rename, []
+
+    def first_try(path: Path, target: Path):
+        command = [sys.executable, "-S", "-c", attempt, str(path / ".lock")]
+        tried.append(subprocess.run(command, capture_output=True, text=True).stderr)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", first_try)
+    features(tmp_path).loader("val")
+    assert len(tried) == 2 and all("BlockingIOError" in said for said in tried)
+
+
 def test_two_processes_make_one_cache(tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     two.mkdir()

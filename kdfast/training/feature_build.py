@@ -65,7 +65,7 @@ def data_fingerprint(source: Source, *, in_memory: bool) -> str:
 
 
 def _size_of(name: str) -> int | None:
-    """Bytes of the file of that name, less the words for a box in it; None where it is no file's."""
+    """Bytes of the file that `name` starts with, before a box in it; None where it is none."""
     try:
         return os.stat(name.partition(" box ")[0]).st_size
     except (OSError, ValueError):
@@ -150,7 +150,8 @@ class Target:
         np.save(self.partial / "scale.npy", self.scale.numpy())
         with (self.partial / "meta.json").open("w") as file:
             json.dump(self.record, file, indent=2)
-        for path in (*self.partial.iterdir(), self.partial):
+        # Without the lock file: closing it anywhere in this process would give the lock up.
+        for path in (*self.partial.glob("[!.]*"), self.partial):
             sync(path)
         self.partial.rename(self.path)
         sync(self.path.parent)
