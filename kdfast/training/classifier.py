@@ -16,6 +16,7 @@ from kdfast.data import ImageData
 from kdfast.errors import UsageError
 from kdfast.metrics import count_operations
 from kdfast.models import Taps, parameter_count
+from kdfast.models.pruning import WeightMasks
 from kdfast.training.evaluate import evaluate
 from kdfast.training.keeper import StudentKeeper
 from kdfast.training.loop import Trainer
@@ -46,37 +47,40 @@ def train_classifier(
     resume: bool,
     accuracy: bool = False,
     parent: str | None = None,
+    masks: WeightMasks | None = None,
     **recorded: Any,
 ) -> dict[str, Any]:
     """Train `model` with cross-entropy into `run`; returns the run's results, already written.
 
     With `accuracy` the summary has that of the training images, too. `parent` is the checksum of
-    the weights that `model` came from, `recorded` is what the run's record holds beside `options`.
+    the weights that `model` came from; what `masks` prune stays zero, and `zero_share` is then in
+    the results. `recorded` is what the run's record holds beside `options`.
     """
     arguments = arguments_of(options, accelerator, data, **recorded)
+    about = metadata(model, options.model_kwargs, data, inputs, parent)
+    pruned = {} if masks is None else {"zero_share": masks.zero_share()}
+    if masks is not None:
+        about |= pruned | {"prune": list(options.prune)}
     with run.claimed(accelerator, arguments, resume=resume):
         try_out(model, inputs, data.classes)
         train, held_out = make_loaders(options, data, inputs, accelerator)
         trainer = Trainer(
             accelerator,
-            Objective(Taps(model, []), label_smoothing=options.smoothing, accuracy=accuracy),
+            Objective(
+                Taps(model, []), label_smoothing=options.smoothing, accuracy=accuracy, masks=masks
+            ),
             train,
             held_out,
             preparer(inputs, accelerator, channels_last=options.channels_last),
             run,
             options,
-            StudentKeeper(
-                run,
-                metadata(model, options.model_kwargs, data, inputs, parent),
-                options.save_epochs,
-                data.parts,
-            ),
+            StudentKeeper(run, about, options.save_epochs, data.parts),
             arguments,
             resume=resume,
         )
         scores = trainer.fit()
         batch = train.plan.global_batch
-        results = describe(run, options, accelerator, batch, model, inputs, scores)
+        results = describe(run, options, accelerator, batch, model, inputs, scores, **pruned)
         on_main(accelerator, lambda: run.write_results(results))
     return results
 

@@ -141,6 +141,19 @@ def model_flags(parser: Parser, *, student: bool) -> None:
     )
 
 
+def pruning_flags(parser: Parser) -> None:
+    parser.flag(
+        parser.add_argument_group("pruning"),
+        "--prune",
+        type=amount,
+        nargs=2,
+        metavar=("CONV", "FC"),
+        help="before training set the weights of convolutions and linear layers to zero whose "
+        "magnitude is below this many standard deviations of their layer's, and keep them there; "
+        "0.2 1.0 are published",
+    )
+
+
 def training_flags(parser: Parser) -> None:
     flag, switch = parser.flag, parser.switch
     group = parser.add_argument_group("optimisation")

@@ -22,6 +22,7 @@ from kdfast.methods import (
     method_names,
 )
 from kdfast.models import Taps, default_stages, penultimate
+from kdfast.models.pruning import WeightMasks
 from kdfast.seeding import derive_seed, local_randomness
 from kdfast.training.evaluate import hits
 from kdfast.training.staging import choose_init, read_init
@@ -294,7 +295,7 @@ class Objective(Trained):
     `forward(images, labels, teacher_logits, teacher_features, teacher_heads, indices)` returns the
     total (float32 scalar), the unweighted terms [len(term_names)] without gradient, and the
     student's logits [B, C]. With `accuracy`, top-1 and top-5 of the training images in percent are
-    terms of no weight.
+    terms of no weight. What `masks` prune of the student is zero after every optimizer step.
     """
 
     def __init__(
@@ -306,10 +307,11 @@ class Objective(Trained):
         views: dict[str, tuple[list[int], list[int]]] | None = None,
         label_smoothing: float = 0.0,
         accuracy: bool = False,
+        masks: WeightMasks | None = None,
     ):
         super().__init__()
         self.accuracy = accuracy
-        self.student, self.learns_labels = student, True
+        self.student, self.learns_labels, self.masks = student, True, masks
         self.methods = nn.ModuleList(methods)
         self.weights, self.gamma = dict(weights or {}), gamma
         self.views, self.label_smoothing = dict(views or {}), label_smoothing
@@ -364,6 +366,8 @@ class Objective(Trained):
     def after_step(self) -> None:
         for method in self.methods:
             method.after_step()
+        if self.masks is not None:
+            self.masks.apply_to(self.student.model)
 
     def forward(
         self,

@@ -75,7 +75,7 @@ def _canonical(key: str, word: str) -> list[str]:
     """The names that `word`, a value of flag `key`, stands for."""
     if key == "dataset":
         return [dataset_name(word)]
-    if key in ("model", "student", "teacher"):
+    if key in ("model", "model-a", "model-b", "student", "teacher"):
         return [resolve_name(word)]
     return expand(word) if key == "method" else [word]
 

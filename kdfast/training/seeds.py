@@ -24,8 +24,8 @@ def for_each_seed(
 ) -> None:
     """Train with every seed into `folder(options)`, saying each run's results as a line of JSON.
 
-    With `--seeds` the last line has mean and standard deviation of `scores` over them. No run begins before all
-    folders are known to be free (or, with `--resume auto`, to be gone on with).
+    With `--seeds` the last line has mean and standard deviation of `scores` over them. No run
+    begins before all folders are known to be free (or, with `--resume auto`, to be gone on with).
     """
     runs = [(own, folder(own)) for own in _one_by_one(options)]
     for own, run in runs:

@@ -23,21 +23,21 @@ from kdfast.models import (
     load_weights,
     resolve_name,
 )
-from kdfast.training.classifier import fingerprint, train_classifier
-from kdfast.training.flags import data_flags, model_flags, run_flags, training_flags
 from kdfast.training.heads import build_heads, train_deep, train_linear
 from kdfast.training.journal import say
 from kdfast.training.objective import Choice
-from kdfast.training.options import batch_size
-from kdfast.training.parser import Parser
-from kdfast.training.run_folder import RunFolder, on_main
+from kdfast.training.run_folder import on_main
 from kdfast.training.setup import (
     Inputs,
     build_model,
     choose_inputs,
     weights_path,
 )
+from kdfast.training.shared_networks import classifier_options, shared_classifier, shared_run
 from kdfast.training.trained import load_trained
+
+# Below --output, of what is trained on digits.
+_FOLDER = "teachers"
 
 
 def has_teacher(options: argparse.Namespace) -> bool:
@@ -175,15 +175,8 @@ def teach(
 def train_teacher(options: argparse.Namespace, accelerator: Accelerator, data: ImageData) -> Path:
     """Train the digits teacher, or take the one that the same options gave before."""
     own = _options_of_teacher(options)
-    run = _run_aside(own, accelerator, f"digits-{options.teacher}")
-    if on_main(accelerator, run.results.exists):
-        say(f"teacher {options.teacher}: taken from {run.path}")
-        return weights_path(run.path)
-    say(f"teacher {options.teacher}: training into {run.path}")
-    model = build_model(own, data.classes, seed_name="network")
-    fed = choose_inputs(own, data, model)
-    begun = on_main(accelerator, run.path.exists)
-    train_classifier(own, accelerator, data, model, fed, run, resume=begun)
+    run = shared_run(own, accelerator, _FOLDER, f"digits-{options.teacher}")
+    shared_classifier(own, accelerator, data, run, f"teacher {options.teacher}")
     return weights_path(run.path)
 
 
@@ -199,7 +192,8 @@ def _train_heads(
     own = _options_of_heads(options, kind)
     deep = kind == "deep"
     parent = None if deep else checksum(network.state_dict())
-    run = _run_aside(own, accelerator, f"digits-{options.teacher}-{kind}-heads", kind, parent)
+    name = f"digits-{options.teacher}-{kind}-heads"
+    run = shared_run(own, accelerator, _FOLDER, name, kind, parent)
     if on_main(accelerator, run.results.exists):
         say(f"{kind} heads of {options.teacher}: taken from {run.path}")
         return run.path
@@ -215,21 +209,8 @@ def _train_heads(
 
 def _options_of_teacher(options: argparse.Namespace) -> argparse.Namespace:
     """The options of the run that trains what teaches: none of the student's or the methods'."""
-    scratch = Parser()
-    for add in (data_flags, training_flags, run_flags):
-        add(scratch)
-    model_flags(scratch, student=False)
-    own = argparse.Namespace(
-        **{key: copy.copy(v) for key, v in vars(options).items() if key in scratch.fallbacks},
-        given=options.given,
-        layers_of_methods=[],
-    )
-    own.model, own.model_kwargs = options.teacher, dict(options.teacher_kwargs or ())
-    own.epochs, own.save_epochs = options.teacher_epochs, []
-    own.pretrained, own.initial_checkpoint, own.img_size = False, None, None
-    own.profile = own.experiment = own.resume = None
-    own.freeze_bn = False  # the student's: a fresh teacher has no statistics to freeze
-    return own
+    kwargs = options.teacher_kwargs or ()
+    return classifier_options(options, options.teacher, dict(kwargs), options.teacher_epochs)
 
 
 def _options_of_heads(options: argparse.Namespace, kind: str) -> argparse.Namespace:
@@ -237,17 +218,3 @@ def _options_of_heads(options: argparse.Namespace, kind: str) -> argparse.Namesp
     own.teacher, own.teacher_kwargs = options.teacher, own.model_kwargs
     own.kind, own.head_pool, own.teacher_layers = kind, None, None
     return own
-
-
-def _run_aside(
-    own: argparse.Namespace, accelerator: Accelerator, name: str, *more: str | None
-) -> RunFolder:
-    """The folder that the same options, and what else the weights depend on, had before."""
-    scratch = Parser()
-    data_flags(scratch)
-    model_flags(scratch, student=False)
-    training_flags(scratch)
-    processes = accelerator.num_processes
-    batch = batch_size(own, processes) * processes * own.grad_accum_steps
-    key = fingerprint(own, set(scratch.actions()) | {"seed"}, batch, *more)
-    return RunFolder(Path(own.output) / "teachers" / f"{name}-{key}")

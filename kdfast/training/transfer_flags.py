@@ -7,7 +7,13 @@ from typing import Any
 
 from kdfast.methods import Option, find_method, method_names
 from kdfast.training.consistency_flags import pair_flags, transnet_flags
-from kdfast.training.flags import data_flags, model_flags, run_flags, training_flags
+from kdfast.training.flags import (
+    data_flags,
+    model_flags,
+    pruning_flags,
+    run_flags,
+    training_flags,
+)
 from kdfast.training.parser import Parser
 from kdfast.training.values import amount, assignment, fraction, inner, natural, positive
 
@@ -310,7 +316,7 @@ def head_flags(parser: Parser) -> None:
 def every_key() -> set[str]:
     """The YAML keys of all scripts: a recipe serves them all."""
     parser = Parser()
-    for add in (data_flags, distill_flags, training_flags, run_flags):
+    for add in (data_flags, distill_flags, training_flags, pruning_flags, run_flags):
         add(parser)
     model_flags(parser, student=True)
     # Groups of other scripts, whose flags of the same name are not quite the same.

@@ -68,7 +68,7 @@ class TransNetObjective(Trained):
         return mse + penalty, torch.stack([mse, penalty]).detach(), output.detach()
 
     def watch(self, optimizer: Optimizer) -> None:
-        """Sum up dL/dp from now on, as `optimizer` meets it: over processes, before weight decay."""
+        """Sum up dL/dp as `optimizer` meets it: over all processes, without weight decay."""
         optimizer.register_step_pre_hook(self._note_slopes)
 
     @torch.no_grad()
