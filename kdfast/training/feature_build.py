@@ -93,17 +93,19 @@ class Target:
 
         While another command makes it, this waits. A folder that a killed one left is emptied.
         """
-        while True:
+        while not self.path.exists():
             self.partial.mkdir(parents=True, exist_ok=True)
             self.lock = (self.partial / ".lock").open("a")
             _lock(self.lock, self.path)
-            if self.path.exists():
-                self.release()
-                return False
             with suppress(FileNotFoundError):
+                # Not so where the other one has removed the folder, or given it its name.
                 if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.lock.name)):
-                    break
-            self.release()  # of a folder that the other one has removed
+                    if not self.path.exists():
+                        break
+                    shutil.rmtree(self.partial)
+            self.release()
+        else:
+            return False
         with (self.partial / "data.bin").open("wb") as file:
             file.truncate(2 * self.record["images"] * int(np.prod(self.record["shape"])))
         np.save(self.partial / "columns.npy", np.zeros(self.record["images"], COLUMNS))

@@ -152,7 +152,6 @@ class Features:
             for net, path, record in zip(self.nets, paths, records, strict=True)
         }
         due = on_main(self.accelerator, lambda: [p for p in targets if not p.exists()])
-
         if due and isinstance(source, Dump):
             made = [Target(*of) for of in zip(self.nets, paths, records, strict=True)]
             on_main(self.accelerator, lambda: import_dump(source, made, self.options, self.data))
