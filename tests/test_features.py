@@ -148,6 +148,11 @@ def test_silent_and_constant_channels(tmp_path):
     assert found[:, 3].abs().max() > 100
 
 
+def test_usual_features_are_stored_as_they_are():
+    assert channel_scale(torch.tensor([[200.0, -4.0], [0.0, 3.0]])).tolist() == [1, 1]
+    assert channel_scale(torch.tensor([[0.01, -8e-4]])).log2().tolist() == [-10, -14]
+
+
 def test_scales_leave_room():
     first = torch.tensor([[1.0, 0.0, 500.0], [-3.0, 0.0, 1000.0]])
     scale = channel_scale(first)

@@ -35,14 +35,17 @@ _REMEDY = "remove that folder, or give another --feature-dir"
 def channel_scale(features: torch.Tensor) -> torch.Tensor:
     """Powers of two, float32 [C], by which the channels of `features` [N, C, ...] are divided.
 
-    The largest of a channel then lies between 8 and 16. So float16, which ends at 65504, has room
-    for 4,000 times what a channel showed. A channel counts for no less than a 64th of the largest
-    one: what is silent in these images may not be in others.
+    1, which costs nothing to undo, where the largest of a channel is 1/8 or more and that of all
+    no more than 256; else it lies between 8 and 16 then. So float16, which ends at 65504, has room
+    for 255 times what was there. A channel counts for no less than a 64th of the largest one: what
+    is silent in these images may not be in others.
     """
     others = [axis for axis in range(features.dim()) if axis != 1]
     largest = features.abs().amax(others).double().cpu().numpy()
     largest = np.maximum(largest, max(largest.max() / 64, 2.0**-100))
-    return torch.from_numpy(np.ldexp(np.float32(1), np.frexp(largest)[1] - 4))
+    powers = np.ldexp(np.float32(1), np.frexp(largest)[1] - 4)
+    usual = (largest >= 1 / 8) & (largest.max() <= 256)
+    return torch.from_numpy(np.where(usual, np.float32(1), powers))
 
 
 def encode(features: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -50,9 +53,13 @@ def encode(features: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> t
     return (features / along_channels(scale, features)).to(dtype)
 
 
-def decode(stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 features [N, C, ...] from what is stored of them; `scale` [C] is on its device."""
-    return stored.float().mul_(along_channels(scale, stored))
+def decode(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """float32 features [N, C, ...] from what is stored of them.
+
+    `scale` [C] is on its device; None where all of it is 1.
+    """
+    features = stored.float()
+    return features if scale is None else features.mul_(along_channels(scale, stored))
 
 
 def along_channels(scale: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

@@ -231,10 +231,13 @@ def derangement(count: int, seed: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """Stored features [N, *shape], 16-bit on the host, and their scale [C] on the device."""
+    """Stored features [N, *shape], 16-bit on the host, and their scale [C] on the device.
+
+    The scale is None where all of it is 1.
+    """
 
     stored: torch.Tensor
-    scale: torch.Tensor
+    scale: torch.Tensor | None
 
     def features(self, device: torch.device) -> torch.Tensor:
         return decode(self.stored.to(device, non_blocking=True), self.scale)
@@ -256,7 +259,10 @@ class CachedLoader:
     ):
         self.plan, self.caches, self.order = plan, list(caches), order
         self._pin = device.type == "cuda"
-        self._scales = {cache.path: cache.scale.to(device) for cache in caches}
+        self._scales = {
+            cache.path: None if (cache.scale == 1).all() else cache.scale.to(device)
+            for cache in caches
+        }
         self._labels = torch.from_numpy(self.caches[0].columns["label"].astype("int64"))
         self._reader: ThreadPoolExecutor | None = None
 

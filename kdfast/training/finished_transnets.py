@@ -13,12 +13,6 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from kdfast.training.transnet_runs import (
-    TransNetRun,
-    find_or_train,
-    open_transnet,
-    transnet_parser,
-)
 
 from kdfast.data import ImageData, Source, dataset_name
 from kdfast.data.sources import UNREADABLE, unreadable
@@ -33,6 +27,12 @@ from kdfast.training.parser import Parser
 from kdfast.training.run_folder import on_main
 from kdfast.training.setup import evaluation_transform, load_data
 from kdfast.training.tapped import Tapped
+from kdfast.training.transnet_runs import (
+    TransNetRun,
+    find_or_train,
+    open_transnet,
+    transnet_parser,
+)
 
 SPLITS = ("test", "val", "train")
 
