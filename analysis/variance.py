@@ -36,13 +36,18 @@ from kdfast.analysis.variance import (
     per_channel_csv,
 )
 from kdfast.training.features import Features
-from kdfast.training.finished_transnets import Finished, analysis_parser, open_finished
+from kdfast.training.finished_transnets import (
+    Finished,
+    analysis_parser,
+    open_finished,
+    print_options,
+)
 from kdfast.training.journal import say
 from kdfast.training.measure import measure
 from kdfast.training.options import parse
 from kdfast.training.run_folder import on_main
 from kdfast.training.script import script
-from kdfast.training.setup import print_config, start
+from kdfast.training.setup import start
 
 
 @script
@@ -73,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     )
     options = parse(parser, argv)
     if options.print_config:
-        print_config(options)
+        print_options(options)
         return
 
     accelerator = start(options)

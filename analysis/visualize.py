@@ -41,13 +41,14 @@ from kdfast.training.finished_transnets import (
     analysis_parser,
     network_words,
     open_finished,
+    print_options,
 )
 from kdfast.training.journal import say
 from kdfast.training.measure import exact_convolutions
 from kdfast.training.options import parse
 from kdfast.training.run_folder import on_main
 from kdfast.training.script import script
-from kdfast.training.setup import print_config, start
+from kdfast.training.setup import start
 from kdfast.training.values import natural
 
 
@@ -106,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
     parser.switch(group, "--save-maps", help="each map of a panel also as an image of its own")
     options = parse(parser, argv)
     if options.print_config:
-        print_config(options)
+        print_options(options)
         return
 
     accelerator = start(options)

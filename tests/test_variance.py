@@ -325,14 +325,27 @@ def test_published_weights_with_flags_for_the_rest(run_script, run, networks, tm
 
 
 def test_without_a_run_it_trains_what_is_absent_once(run_script, tmp_path):
+    """What train/transnet.py made with the same flags is taken, as is what was made before."""
     few = ("--train-limit", 64, "--eval-limit", 30, "--epochs", 1, "--model", "cifar_resnet8")
-    code, out, err = run_script(VARIANCE, *few, "--pair", "same")
+    pair = ("--pair", "same", "--layer", "layer2")
+    assert run_script(TRANSNET, *few, *pair)[0] == 0
+    code, out, err = run_script(VARIANCE, *few, *pair, "--orders-dtype", "float32")
     assert code == 0, err
-    assert "training into" in out and "residual" in out
+    assert "training into" not in out and "Trans-Net: taken from" in out
+    assert (tmp_path / "output/transnet-digits-same-layer2-s0/variance/variance.csv").is_file()
+    first = run_script(VARIANCE, *few, "--pair", "same")
     again = run_script(VARIANCE, *few, "--pair", "same")
-    assert again[0] == 0 and "training into" not in again[1]
-    table = [o[o.index("quantity") :] for o in (out, again[1])]
+    assert (first[0], again[0]) == (0, 0)
+    assert "epoch 1/1" in first[1] and "epoch" not in again[1]
+    table = [out[out.index("quantity") :] for _, out, _ in (first, again)]
     assert table[0] == table[1]
+
+
+def test_printed_options_can_be_given_again(run_script, tmp_path):
+    code, out, _ = run_script(VARIANCE, "RUN", "--mean-scope", "global", "--print-config")
+    assert code == 0 and "RUN" not in out and "mean-scope: global" in out
+    (tmp_path / "options.yaml").write_text(out)
+    assert run_script(VARIANCE, "-c", "options.yaml", "--print-config")[:2] == (0, out)
 
 
 def test_images_nobody_can_rebuild(run_script, run, networks, tmp_path):
