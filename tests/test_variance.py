@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 import shutil
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +37,7 @@ from kdfast.models import (
     read_weights,
     save_weights,
 )
+from kdfast.training.finished_transnets import Finished
 
 VARIANCE, TRANSNET = "analysis/variance.py", "train/transnet.py"
 FILES = ["per_channel.csv", "variance.csv", "variance.md", "variance.png"]
@@ -144,8 +148,24 @@ def test_chart_follows_the_numbers():
 def test_chart_has_a_line_over_generations():
     """A second panel, only where every run is a generation."""
     chain = [measured(i, f"g{i}", generation=i) for i in range(3)]
-    mixed = [*chain[:2], measured(2, "g2")]
-    assert size(draw_variances(chain, "t"))[0] > size(draw_variances(mixed, "t"))[0]
+    wide = size(draw_variances(chain, "t"))[0]
+    other = dataclasses.replace(measured(2, "g2", generation=2), facts={"network A": "another"})
+    for last in (measured(2, "g2"), measured(2, "g2", generation=1), other):
+        assert size(draw_variances([*chain[:2], last], "t"))[0] < wide
+
+
+@pytest.mark.parametrize(
+    "pair, path, generation",
+    [
+        ("seeds", "chain/generation-12/last.safetensors", 12),
+        ("generations", "chain/generation-1/last.safetensors", 1),
+        ("generations", "networks/digits-s1/last.safetensors", 0),
+        ("seeds", "networks/digits-s1/last.safetensors", None),
+    ],
+)
+def test_generations_are_told_by_their_folders(pair, path, generation):
+    run = SimpleNamespace(b=SimpleNamespace(path=Path(path)))
+    assert Finished(Namespace(pair=pair), None, run).generation() == generation
 
 
 # What the script measures.

@@ -109,8 +109,10 @@ class Finished:
     def generation(self) -> int | None:
         """Which generation of a chain network B is; None where it is of none."""
         folder = self.run.b.path and self.run.b.path.absolute().parent.name
-        found = re.fullmatch(r"generation-(\d+)", folder or "")
-        return int(found[1]) if found else None
+        if found := re.fullmatch(r"generation-(\d+)", folder or ""):
+            return int(found[1])
+        # The first one of --pair generations is an ordinary classifier, trained before the chain.
+        return 0 if self.options.pair == "generations" else None
 
 
 def network_words(net: Tapped) -> str:
