@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
         for label, (_, _, report) in zip(labels, found, strict=True)
     ]
     folder = output_folder(options, [folder for _, folder, _ in found])
-    on_main(accelerator, lambda: tell_and_write(measured, folder, options.split))
+    on_main(accelerator, lambda: tell_and_write(measured, folder))
 
 
 def look(finished: Finished, accelerator: Accelerator, options: argparse.Namespace) -> Measured:
@@ -133,9 +133,10 @@ def output_folder(options: argparse.Namespace, folders: Sequence[Path]) -> Path:
     return Path(*shared[0][:depth]) / "variance"
 
 
-def tell_and_write(measured: Sequence[Measured], folder: Path, split: str) -> None:
+def tell_and_write(measured: Sequence[Measured], folder: Path) -> None:
     """Print the table and write all files."""
-    title = f"Knowledge consistency, {split} split"
+    images = list(dict.fromkeys(one.facts["images"] for one in measured))
+    title = f"Knowledge consistency: {'; '.join(images)}"
     say(as_text(measured))
     for one in measured:
         for note in one.notes():

@@ -162,7 +162,7 @@ def draw_all(options: argparse.Namespace, finished: Finished) -> None:
         if options.save_maps:
             write_files(folder / "maps", dict(single_maps(options, maps)))
     board = finished.folder / "tensorboard"
-    show_in_tensorboard(board, options.split, shown)
+    show_in_tensorboard(board, finished.serving(options.split), shown)
     say(f"{finished.split_words(options.split)}")
     say(f"{len(shown)} pictures -> {folder}, and TensorBoard's in {board}")
 
@@ -177,7 +177,7 @@ def features_of(finished: Finished, split: str, index: int) -> Maps:
     with exact_convolutions():
         source, target = run.a.features(pixels[None]), run.b.features(other[None])
         orders = run.net.orders(source)[:, 0]
-    words = f"image {index} of the {split} split, class {label}"
+    words = f"image {index} of the {finished.serving(split)} split, class {label}"
     if partner != index:
         words += f" (target: image {partner})"
     numbers = (part.float().cpu().numpy() for part in (source[0], target[0], orders))

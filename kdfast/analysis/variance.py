@@ -166,7 +166,7 @@ def table(measured: Sequence[Measured]) -> list[list[str]]:
 
 
 def _share(value: float) -> str:
-    return f"{value:.2%}" if math.isfinite(value) else "-"
+    return f"{value:z.2%}" if math.isfinite(value) else "-"
 
 
 def as_text(measured: Sequence[Measured]) -> str:
