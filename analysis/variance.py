@@ -36,13 +36,18 @@ from kdfast.analysis.variance import (
     per_channel_csv,
 )
 from kdfast.training.features import Features
-from kdfast.training.finished_transnets import Finished, analysis_parser, open_finished
+from kdfast.training.finished_transnets import (
+    Finished,
+    analysis_parser,
+    open_finished,
+    print_options,
+)
 from kdfast.training.journal import say
 from kdfast.training.measure import measure
 from kdfast.training.options import parse
 from kdfast.training.run_folder import on_main
 from kdfast.training.script import script
-from kdfast.training.setup import print_config, start
+from kdfast.training.setup import start
 
 
 @script
@@ -73,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     )
     options = parse(parser, argv)
     if options.print_config:
-        print_config(options)
+        print_options(options)
         return
 
     accelerator = start(options)
@@ -87,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
         for label, (_, _, report) in zip(labels, found, strict=True)
     ]
     folder = output_folder(options, [folder for _, folder, _ in found])
-    on_main(accelerator, lambda: tell_and_write(measured, folder, options.split))
+    on_main(accelerator, lambda: tell_and_write(measured, folder))
 
 
 def look(finished: Finished, accelerator: Accelerator, options: argparse.Namespace) -> Measured:
@@ -128,9 +133,10 @@ def output_folder(options: argparse.Namespace, folders: Sequence[Path]) -> Path:
     return Path(*shared[0][:depth]) / "variance"
 
 
-def tell_and_write(measured: Sequence[Measured], folder: Path, split: str) -> None:
+def tell_and_write(measured: Sequence[Measured], folder: Path) -> None:
     """Print the table and write all files."""
-    title = f"Knowledge consistency, {split} split"
+    images = list(dict.fromkeys(one.facts["images"] for one in measured))
+    title = f"Knowledge consistency: {'; '.join(images)}"
     say(as_text(measured))
     for one in measured:
         for note in one.notes():

@@ -41,13 +41,14 @@ from kdfast.training.finished_transnets import (
     analysis_parser,
     network_words,
     open_finished,
+    print_options,
 )
 from kdfast.training.journal import say
 from kdfast.training.measure import exact_convolutions
 from kdfast.training.options import parse
 from kdfast.training.run_folder import on_main
 from kdfast.training.script import script
-from kdfast.training.setup import print_config, start
+from kdfast.training.setup import start
 from kdfast.training.values import natural
 
 
@@ -106,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
     parser.switch(group, "--save-maps", help="each map of a panel also as an image of its own")
     options = parse(parser, argv)
     if options.print_config:
-        print_config(options)
+        print_options(options)
         return
 
     accelerator = start(options)
@@ -161,7 +162,7 @@ def draw_all(options: argparse.Namespace, finished: Finished) -> None:
         if options.save_maps:
             write_files(folder / "maps", dict(single_maps(options, maps)))
     board = finished.folder / "tensorboard"
-    show_in_tensorboard(board, options.split, shown)
+    show_in_tensorboard(board, finished.serving(options.split), shown)
     say(f"{finished.split_words(options.split)}")
     say(f"{len(shown)} pictures -> {folder}, and TensorBoard's in {board}")
 
@@ -176,7 +177,7 @@ def features_of(finished: Finished, split: str, index: int) -> Maps:
     with exact_convolutions():
         source, target = run.a.features(pixels[None]), run.b.features(other[None])
         orders = run.net.orders(source)[:, 0]
-    words = f"image {index} of the {split} split, class {label}"
+    words = f"image {index} of the {finished.serving(split)} split, class {label}"
     if partner != index:
         words += f" (target: image {partner})"
     numbers = (part.float().cpu().numpy() for part in (source[0], target[0], orders))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 import shutil
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +37,7 @@ from kdfast.models import (
     read_weights,
     save_weights,
 )
+from kdfast.training.finished_transnets import Finished
 
 VARIANCE, TRANSNET = "analysis/variance.py", "train/transnet.py"
 FILES = ["per_channel.csv", "variance.csv", "variance.md", "variance.png"]
@@ -144,8 +148,24 @@ def test_chart_follows_the_numbers():
 def test_chart_has_a_line_over_generations():
     """A second panel, only where every run is a generation."""
     chain = [measured(i, f"g{i}", generation=i) for i in range(3)]
-    mixed = [*chain[:2], measured(2, "g2")]
-    assert size(draw_variances(chain, "t"))[0] > size(draw_variances(mixed, "t"))[0]
+    wide = size(draw_variances(chain, "t"))[0]
+    other = dataclasses.replace(measured(2, "g2", generation=2), facts={"network A": "another"})
+    for last in (measured(2, "g2"), measured(2, "g2", generation=1), other):
+        assert size(draw_variances([*chain[:2], last], "t"))[0] < wide
+
+
+@pytest.mark.parametrize(
+    "pair, path, generation",
+    [
+        ("seeds", "chain/generation-12/last.safetensors", 12),
+        ("generations", "chain/generation-1/last.safetensors", 1),
+        ("generations", "networks/digits-s1/last.safetensors", 0),
+        ("seeds", "networks/digits-s1/last.safetensors", None),
+    ],
+)
+def test_generations_are_told_by_their_folders(pair, path, generation):
+    run = SimpleNamespace(b=SimpleNamespace(path=Path(path)))
+    assert Finished(Namespace(pair=pair), None, run).generation() == generation
 
 
 # What the script measures.
@@ -165,6 +185,12 @@ def networks(tmp_path_factory) -> Path:
 def run(networks, tmp_path_factory) -> Path:
     """Run folder of a Trans-Net between them that was trained a little."""
     return train(networks, tmp_path_factory.mktemp("transnet"), "run")
+
+
+@pytest.fixture(scope="module")
+def shuffled(networks, tmp_path_factory) -> Path:
+    """The control: a run whose targets are of other images."""
+    return train(networks, tmp_path_factory.mktemp("control"), "shuffled", "--shuffle-pairs")
 
 
 def call(script: str, *flags: object) -> None:
@@ -245,32 +271,27 @@ def test_files_go_into_the_run_and_another_split_is_looked_at(run_script, run, t
     assert quantities(copy / "variance")["target"] == pytest.approx(wanted, rel=1e-12)
 
 
-def test_batches_and_processes_do_not_matter(run_script, run, tmp_path):
-    """Acceptance check 6: within 1e-10 from equal features, within 1e-6 end to end."""
-    bounds = {"cache": 1e-10, "live": 1e-6}
-    for kind in bounds:
-        for size in (HELD_OUT, 7):
-            flags = ("--features", kind, "-b", size, "--output", f"{kind}-{size}")
-            assert run_script(VARIANCE, run, *flags)[0] == 0
-    both = [
-        command(*TORCHRUN, ROOT / VARIANCE, run, "--features", kind, "-b", 11, "--output",
-                f"{kind}-two", cwd=tmp_path)
-        for kind in bounds
-    ]  # fmt: skip
-    for process in both:
-        assert finish(process).count(f"{HELD_OUT} images of digits") == 1
-    for kind, bound in bounds.items():
-        whole = quantities(tmp_path / f"{kind}-{HELD_OUT}")
-        for other in ("7", "two"):
-            found = quantities(tmp_path / f"{kind}-{other}")
+def test_batches_and_processes_do_not_matter(run_script, run, shuffled, tmp_path):
+    """Acceptance check 6: within 1e-10 from equal features, within 1e-6 end to end.
+
+    Of the two runs the shuffled one is read from caches.
+    """
+    for name, size in (("whole", HELD_OUT), ("parts", 7)):
+        assert run_script(VARIANCE, run, shuffled, "-b", size, "--output", name)[0] == 0
+    few = (run, shuffled, "-b", 11, "--output", "two")
+    said = finish(command(*TORCHRUN, ROOT / VARIANCE, *few, cwd=tmp_path))
+    assert said.count("\nrun ") == 2, "one process speaks, of one table's head and row"
+    for name, bound in (("run", 1e-6), ("shuffled", 1e-10)):
+        whole = quantities(tmp_path / "whole", name)
+        for other in ("parts", "two"):
+            found = quantities(tmp_path / other, name)
             assert found == pytest.approx(whole, rel=bound, abs=0)
     assert run_script(VARIANCE, run, "--orders-dtype", "float32", "--output", "fast")[0] == 0
-    fast, whole = quantities(tmp_path / "fast"), quantities(tmp_path / "live-7")
+    fast, whole = quantities(tmp_path / "fast"), quantities(tmp_path / "whole", "run")
     assert fast == pytest.approx(whole, rel=1e-4) and fast != whole
 
 
-def test_shuffled_pairs_are_read_from_caches(run_script, refused, networks, run, tmp_path):
-    shuffled = train(networks, tmp_path, "shuffled", "--shuffle-pairs")
+def test_shuffled_pairs_are_read_from_caches(run_script, refused, run, shuffled, tmp_path):
     code, out, err = run_script(VARIANCE, shuffled, "--output", "here")
     assert code == 0, err
     assert "of other images" in out
@@ -324,14 +345,27 @@ def test_published_weights_with_flags_for_the_rest(run_script, run, networks, tm
 
 
 def test_without_a_run_it_trains_what_is_absent_once(run_script, tmp_path):
+    """What train/transnet.py made with the same flags is taken, as is what was made before."""
     few = ("--train-limit", 64, "--eval-limit", 30, "--epochs", 1, "--model", "cifar_resnet8")
-    code, out, err = run_script(VARIANCE, *few, "--pair", "same")
+    pair = ("--pair", "same", "--layer", "layer2")
+    assert run_script(TRANSNET, *few, *pair)[0] == 0
+    code, out, err = run_script(VARIANCE, *few, *pair, "--orders-dtype", "float32")
     assert code == 0, err
-    assert "training into" in out and "residual" in out
+    assert "training into" not in out and "Trans-Net: taken from" in out
+    assert (tmp_path / "output/transnet-digits-same-layer2-s0/variance/variance.csv").is_file()
+    first = run_script(VARIANCE, *few, "--pair", "same")
     again = run_script(VARIANCE, *few, "--pair", "same")
-    assert again[0] == 0 and "training into" not in again[1]
-    table = [o[o.index("quantity") :] for o in (out, again[1])]
+    assert (first[0], again[0]) == (0, 0)
+    assert "epoch 1/1" in first[1] and "epoch" not in again[1]
+    table = [out[out.index("quantity") :] for _, out, _ in (first, again)]
     assert table[0] == table[1]
+
+
+def test_printed_options_can_be_given_again(run_script, tmp_path):
+    code, out, _ = run_script(VARIANCE, "RUN", "--mean-scope", "global", "--print-config")
+    assert code == 0 and "RUN" not in out and "mean-scope: global" in out
+    (tmp_path / "options.yaml").write_text(out)
+    assert run_script(VARIANCE, "-c", "options.yaml", "--print-config")[:2] == (0, out)
 
 
 def test_images_nobody_can_rebuild(run_script, run, networks, tmp_path):

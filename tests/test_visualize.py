@@ -160,7 +160,7 @@ def test_pictures_of_a_run(run_script, copied):
     }
     pictures = {path.name: path.read_bytes() for path in folder.glob("*.png")}
     assert len(set(pictures.values())) == len(pictures)
-    tags = [f"test/image-{i:05d}/{part}" for i, part in kinds]
+    tags = [f"val/image-{i:05d}/{part}" for i, part in kinds]
     assert shown(copied / "tensorboard") == tags
     one, other = (
         (folder / f"maps/image-00000-channel-0003-{part}.png").read_bytes()

@@ -166,7 +166,7 @@ def table(measured: Sequence[Measured]) -> list[list[str]]:
 
 
 def _share(value: float) -> str:
-    return f"{value:.2%}" if math.isfinite(value) else "-"
+    return f"{value:z.2%}" if math.isfinite(value) else "-"
 
 
 def as_text(measured: Sequence[Measured]) -> str:
@@ -227,10 +227,7 @@ def draw_variances(measured: Sequence[Measured], title: str) -> bytes:
 
     Where all runs are generations of one chain, a second panel has Var(x^D) / Var(t) over them.
     """
-    chain = sorted(
-        (one.generation, one.relative("residual")) for one in measured if one.generation is not None
-    )
-    chain = chain if len(chain) == len(measured) > 1 else []
+    chain = _chain(measured)
     orders = max(len(one.report["orders"]) for one in measured)
     names = [*(f"order{n}" for n in range(orders)), "residual", "output"]
     width = max(5.2, 1.6 + 0.32 * len(names) * len(measured))
@@ -242,6 +239,15 @@ def draw_variances(measured: Sequence[Measured], title: str) -> bytes:
         _over_generations(panels[1], chain)
     figure.suptitle(title, fontsize=10, parse_math=False, wrap=True)
     return as_png(figure)
+
+
+def _chain(measured: Sequence[Measured]) -> list[tuple[int, float]]:
+    """Generations with the residual's share; empty unless all runs are, of one network A."""
+    found = {one.generation: one.relative("residual") for one in measured}
+    sources = {one.facts.get("network A") for one in measured}
+    if None in found or len(sources) > 1 or not 1 < len(found) == len(measured):
+        return []
+    return sorted(found.items())
 
 
 def _bars(panel: Any, measured: Sequence[Measured], names: Sequence[str]) -> None:

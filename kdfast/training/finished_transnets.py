@@ -25,7 +25,7 @@ from kdfast.training.flags import data_flags
 from kdfast.training.layout import LAYOUT
 from kdfast.training.parser import Parser
 from kdfast.training.run_folder import on_main
-from kdfast.training.setup import evaluation_transform, load_data
+from kdfast.training.setup import evaluation_transform, load_data, print_config
 from kdfast.training.tapped import Tapped
 from kdfast.training.transnet_runs import (
     TransNetRun,
@@ -109,8 +109,10 @@ class Finished:
     def generation(self) -> int | None:
         """Which generation of a chain network B is; None where it is of none."""
         folder = self.run.b.path and self.run.b.path.absolute().parent.name
-        found = re.fullmatch(r"generation-(\d+)", folder or "")
-        return int(found[1]) if found else None
+        if found := re.fullmatch(r"generation-(\d+)", folder or ""):
+            return int(found[1])
+        # The first one of --pair generations is an ordinary classifier, trained before the chain.
+        return 0 if self.options.pair == "generations" else None
 
 
 def network_words(net: Tapped) -> str:
@@ -154,6 +156,12 @@ def analysis_parser(prog: str, description: str | None, *, runs: str, output: st
     return parser
 
 
+def print_options(options: argparse.Namespace) -> None:
+    """All options but the runs as YAML, for --config."""
+    named = {key: value for key, value in vars(options).items() if key != "runs"}
+    print_config(argparse.Namespace(**named))
+
+
 def open_finished(
     parser: Parser, options: argparse.Namespace, accelerator: Accelerator, runs: Sequence[str]
 ) -> Iterator[Finished]:
@@ -172,8 +180,7 @@ def open_finished(
 
     paths = [path for run in runs for path in _pairs_of(Path(run))]
     if not paths:
-        training = copy.copy(options)
-        training.output = parser.fallbacks["output"]
+        training = _options_of_training(options)
         # Other sets are refused, and need not be there for that.
         data = data_of(training) if training.dataset == "digits" else None
         paths = find_or_train(training, accelerator, data)
@@ -186,6 +193,15 @@ def open_finished(
         if "features" not in options.given:
             own.features = "cache" if own.shuffle_pairs else "live"
         yield Finished(own, data, run)
+
+
+def _options_of_training(options: argparse.Namespace) -> argparse.Namespace:
+    """Those of train/transnet.py alone, so that its runs are found and the other way round."""
+    flags = transnet_parser("train/transnet.py").fallbacks
+    own = {k: v for k, v in vars(options).items() if k in flags or k == "layers_of_methods"}
+    return argparse.Namespace(
+        **own | {"output": flags["output"], "given": options.given & flags.keys()}
+    )
 
 
 def _pairs_of(path: Path) -> list[Path]:
