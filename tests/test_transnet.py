@@ -14,6 +14,7 @@ from conftest import ROOT, load_script
 from safetensors.torch import load_file, save_file
 from test_resume import TORCHRUN, command, finish, record_of
 
+from kdfast.analysis.runs import read_runs
 from kdfast.data import to_float
 from kdfast.errors import UsageError, UserError
 from kdfast.metrics import VarianceReport
@@ -260,6 +261,13 @@ def test_scores_are_those_of_the_weights_on_the_held_out_images(trained, network
     assert best["residual_share"] == pytest.approx(share.item(), rel=1e-5)
 
 
+def test_reports_pass_trans_nets_over(trained, networks):
+    runs, unfinished = read_runs([trained, networks[1]])
+    assert [run.path for run in runs] == [networks[1]] and not unfinished
+    with pytest.raises(UserError, match="holds a Trans-Net"):
+        read_runs([trained])
+
+
 def test_several_seeds_and_several_networks(run_script, networks, tmp_path):
     """A run for each network B, in a folder of the seed's."""
     two = (*networks[:3], networks[1], *networks[3:])
@@ -469,10 +477,9 @@ def test_killed_and_resumed(networks, tmp_path):
     flags = (*FEW, *networks, "-b", 16, "--output", tmp_path)
     finish(command(*killed, "0:0", SCRIPT, *flags, "--experiment", "whole", cwd=tmp_path))
     again = (*flags, "--experiment", "cut", "--resume", "auto")
-    for rank, moment in ((0, 17), (1, 3)):
-        ended = command(*killed, f"{rank}:{moment}", SCRIPT, *again, cwd=tmp_path)
-        ended.communicate(timeout=600)
-        assert ended.returncode != 0
+    ended = command(*killed, "0:37", SCRIPT, *again, cwd=tmp_path)
+    ended.communicate(timeout=600)
+    assert ended.returncode != 0 and any((tmp_path / "cut/checkpoints").glob("*-step-*"))
     finish(command(*killed, "0:0", SCRIPT, *again, cwd=tmp_path))
     assert record_of(tmp_path / "whole") == record_of(tmp_path / "cut")
     # Two processes are one, but for rounding.
