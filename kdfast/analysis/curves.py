@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from kdfast.analysis.table import Block, Row, Table
 
 # Ten that stay apart on white, also for readers who confuse red and green (after Okabe and Ito).
-_COLOURS = (
+COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
     "#56B4E9", "#7F3C8D", "#8C564B", "#A5AA99", "#B8A000",
 )  # fmt: skip
@@ -58,8 +58,8 @@ def _styles(table: Table) -> dict[tuple[str, bool], dict[str, Any]]:
             (alone if _is_baseline(block, row) else taught)[row.label] = None
     styles: dict[tuple[str, bool], dict[str, Any]] = {}
     for i, label in enumerate(taught):
-        line = ("-", "-.", ":")[i // len(_COLOURS) % 3]
-        styles[label, False] = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": line}
+        line = ("-", "-.", ":")[i // len(COLOURS) % 3]
+        styles[label, False] = {"color": COLOURS[i % len(COLOURS)], "linestyle": line}
     for i, label in enumerate(alone):
         styles[label, True] = {"color": _ALONE, "linestyle": _DASHES[i % len(_DASHES)]}
     return styles

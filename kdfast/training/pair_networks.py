@@ -136,6 +136,7 @@ class _Maker:
         if half:
             own.train_half = half
             data = load_data(own, self.accelerator)
+        self._fit_batch(own, len(data.train))
         run = shared_run(own, self.accelerator, _FOLDER, _named(own, half and f"half-{half}"))
         said = f"network {side.upper()}"
         return shared_classifier(own, self.accelerator, data, run, said).path
@@ -146,6 +147,7 @@ class _Maker:
         own = self._taken_over(parse(_classifier_parser(), _DIGITS))
         own = classifier_options(own, name, kwargs, PRUNED_EPOCHS)
         own.prune, own.lr, own.seed = list(SENSITIVITIES), PRUNED_LR, self.options.seed
+        self._fit_batch(own, len(self.data.train))
         parent = on_main(self.accelerator, lambda: checksum(read_weights(original)[0]))
         amounts = " ".join(map(str, SENSITIVITIES))
         run = shared_run(own, self.accelerator, _FOLDER, _named(own, "pruned"), parent, amounts)
@@ -166,6 +168,7 @@ class _Maker:
         own.model, own.model_kwargs = _architecture(self.options, "b", self.known)
         own.epochs, own.seed, own.generations = EPOCHS, seed, GENERATIONS
         own.start_generation, own.teacher_checkpoint = 1, str(first)
+        self._fit_batch(own, len(self.data.train))
         check_chain_flags(own)
         choice = choose_loss(own)
         parent = on_main(self.accelerator, lambda: checksum(read_weights(last_weights(first))[0]))
@@ -177,6 +180,15 @@ class _Maker:
             own.resume = "auto" if on_main(self.accelerator, run.path.exists) else None
             train_chain(own, choice, self.accelerator, self.data, run.path)
         return [last_weights(first), *weights_of(run.path)]
+
+    def _fit_batch(self, own: argparse.Namespace, images: int) -> None:
+        """Lower the recipe's batch to what few images, or an odd number of processes, allow.
+
+        The batch that the user may have given is the Trans-Net's.
+        """
+        processes = self.accelerator.num_processes
+        most = min(own.global_batch_size, images)
+        own.global_batch_size = max(most // processes, 1) * processes
 
     def _taken_over(self, own: argparse.Namespace) -> argparse.Namespace:
         """`own`, the options of a network, with what it shares with the Trans-Net's."""
