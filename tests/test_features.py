@@ -501,6 +501,81 @@ def test_its_errors_come_as_they_are(tmp_path, monkeypatch):
     loader.close()
 
 
+# Old dumps
+
+
+@pytest.fixture
+def dump(tmp_path) -> Path:
+    """What the published code leaves of networks `tapped("a", 0)` and `tapped("b", 1)`."""
+    folder, source = tmp_path / "dump", noise().train
+    folder.mkdir()
+    images = images_of(source, IMAGES)
+    a, b = (tapped(name, seed).features(images) for name, seed in (("a", 0), ("b", 1)))
+    order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(5)).tolist()
+    for number, index in enumerate(order):
+        record = {
+            "target": torch.tensor(source.targets[index], dtype=torch.int32),
+            "pred1": torch.tensor([index % 2, 1], dtype=torch.int32),
+            "pred2": torch.tensor([0, index % 3 == 0], dtype=torch.int32),
+            "convOut1": a[index].clone(),
+            "convOut2": b[index].clone(),
+        }
+        torch.save(record, folder / f"{number:06d}.pt")
+    (folder / "order.json").write_text(json.dumps(order))
+    return folder
+
+
+def dumped(folder: Path, dump: Path, *nets: Tapped, **changed) -> Features:
+    nets = nets or (tapped("a", 0), tapped("b", 1))
+    return Features(options(folder, **changed), Accelerator(cpu=True), noise(), nets, dump)
+
+
+def test_an_old_dump(tmp_path, dump):
+    order = json.loads((dump / "order.json").read_text())
+    plain, labels, _ = collect(features(tmp_path / "plain"))
+    feats = dumped(tmp_path, dump)
+    found, found_labels, indices = collect(feats)
+    assert indices.tolist() == list(range(IMAGES)) and torch.equal(found_labels, labels[order])
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other[order], rtol=1e-3, atol=1e-3)
+    first, second = (cache.columns for cache in feats.loader("train").caches)
+    assert first["top1"].tolist() == [i % 2 == 1 for i in order] and first["top3"].all()
+    assert second["top3"].tolist() == [i % 3 == 0 for i in order] and not second["top1"].any()
+    held_out, *_ = collect(feats, "val")
+    assert len(held_out[0]) == HELD_OUT
+    names = [path.name for path in caches(tmp_path)]
+    features(tmp_path).loader("train")
+    assert len(caches(tmp_path)) == len(names) + 2, "not taken for a cache of the images"
+    (dump / "000003.pt").write_bytes(b"")
+    stale(dumped(tmp_path, dump), "other images or labels")
+
+
+def test_dumps_that_are_refused(tmp_path, dump):
+    def refuse(words: str, *nets: Tapped, folder: Path = dump) -> None:
+        with pytest.raises(UserError, match=words):
+            dumped(tmp_path, folder, *nets).loader("train")
+        assert not list((tmp_path / "features").glob("*")) and not list(tmp_path.glob("*/.*"))
+
+    refuse(r"000000.pt is of no training image of class \d in network B", tapped("a", 0),
+           tapped("b", 2))  # fmt: skip
+    refuse(r"convOut1 is \[5, 8, 8\], and the layer gives \[5, 1, 1\]", tapped(layer="pool"),
+           tapped("b", 1))  # fmt: skip
+    refuse("no feature dump at .*000000.pt", folder=tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"--feature-dump.*--features live"):
+        dumped(tmp_path, dump, features="live")
+    path = dump / "000066.pt"
+    whole = path.read_bytes()
+    for content in (whole[:100], b"", b"nothing"):
+        path.write_bytes(content)
+        refuse("000066.pt (is no record|holds no whole)")
+    torch.save({"target": Path("x")}, path)
+    refuse("000066.pt holds objects besides tensors, and kdfast runs no pickled code")
+    torch.save({"target": torch.tensor(1)}, path)
+    refuse("000066.pt is no record of a feature dump, with target, pred1")
+    path.unlink()
+    refuse("record 000066 is missing")
+
+
 # Several processes, and kills
 
 BUILD = """
@@ -554,6 +629,23 @@ def test_a_killed_build_is_no_cache(tmp_path):
     for one, other in zip(found, live, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
     assert len(caches(tmp_path)) == 2 and not list((tmp_path / "features").glob(".*.partial"))
+
+
+def test_a_cache_being_made_is_held_to_the_end(tmp_path, monkeypatch):
+    """Another command must not begin it again, not even just before it has its name."""
+    attempt = (
+        "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    )
+    rename, tried = Path.rename, []
+
+    def first_try(path: Path, target: Path):
+        command = [sys.executable, "-S", "-c", attempt, str(path / ".lock")]
+        tried.append(subprocess.run(command, capture_output=True, text=True).stderr)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", first_try)
+    features(tmp_path).loader("val")
+    assert len(tried) == 2 and all("BlockingIOError" in said for said in tried)
 
 
 def test_two_processes_make_one_cache(tmp_path):

@@ -116,3 +116,10 @@ def transnet_flags(parser: Parser) -> None:
         help="weight of p^2: one for all gates, or one for each of the K - 1",
     )
     parser.switch(group, "--freeze-gates", help="leave every gate p at 0.5")
+    flag(
+        group,
+        "--feature-dump",
+        metavar="PATH",
+        help="take the training features of A and B from the records that the published code has "
+        "written into this folder (torch files 000000.pt, ...)",
+    )

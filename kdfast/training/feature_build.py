@@ -65,7 +65,7 @@ def data_fingerprint(source: Source, *, in_memory: bool) -> str:
 
 
 def _size_of(name: str) -> int | None:
-    """Bytes of the file of that name, less the words for a box in it; None where it is no file's."""
+    """Bytes of the file that `name` starts with, before a box in it; None where it is none."""
     try:
         return os.stat(name.partition(" box ")[0]).st_size
     except (OSError, ValueError):
@@ -93,17 +93,19 @@ class Target:
 
         While another command makes it, this waits. A folder that a killed one left is emptied.
         """
-        while True:
+        while not self.path.exists():
             self.partial.mkdir(parents=True, exist_ok=True)
             self.lock = (self.partial / ".lock").open("a")
             _lock(self.lock, self.path)
-            if self.path.exists():
-                self.release()
-                return False
             with suppress(FileNotFoundError):
+                # Not so where the other one has removed the folder, or given it its name.
                 if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.lock.name)):
-                    break
-            self.release()  # of a folder that the other one has removed
+                    if not self.path.exists():
+                        break
+                    shutil.rmtree(self.partial)
+            self.release()
+        else:
+            return False
         with (self.partial / "data.bin").open("wb") as file:
             file.truncate(2 * self.record["images"] * int(np.prod(self.record["shape"])))
         np.save(self.partial / "columns.npy", np.zeros(self.record["images"], COLUMNS))
@@ -117,6 +119,17 @@ class Target:
     def write(self, batch: Batch, first: int) -> None:
         """Write the rows of `batch`, whose images follow each other from dataset index `first`."""
         features, logits = self.net.features(batch.images, logits=True)
+        ranked = hits(logits, batch.labels.to(logits.device)).cpu()
+        flags = torch.stack([ranked[:, 0], ranked[:, :3].any(1)], 1)
+        self.put(first, features, batch.labels, flags)
+
+    def put(
+        self, first: int, features: torch.Tensor, labels: torch.Tensor, flags: torch.Tensor
+    ) -> None:
+        """Write `features` from row `first` on; `flags` [N, 2] are for the columns.
+
+        Raises `UserError` for a feature that is not finite or does not fit the dtype.
+        """
         if not features.isfinite().all():
             raise UserError(
                 f"the feature of network {self.net.name.upper()} at '{self.net.layer}' is not "
@@ -133,9 +146,7 @@ class Target:
         rows = as_integers(stored.cpu().contiguous())
         _write_at(self.file.fileno(), memoryview(rows).cast("B"), first * rows.strides[0])
         part = self.columns[first : first + len(rows)]
-        part["label"] = batch.labels
-        ranked = hits(logits, batch.labels.to(logits.device)).cpu()
-        part["top1"], part["top3"] = ranked[:, 0], ranked[:, :3].any(1)
+        part["label"], part["top1"], part["top3"] = labels, flags[:, 0], flags[:, 1]
         part["crc32"] = row_checksums(rows)
 
     def end(self) -> None:
@@ -150,7 +161,8 @@ class Target:
         np.save(self.partial / "scale.npy", self.scale.numpy())
         with (self.partial / "meta.json").open("w") as file:
             json.dump(self.record, file, indent=2)
-        for path in (*self.partial.iterdir(), self.partial):
+        # Without the lock file: closing it anywhere in this process would give the lock up.
+        for path in (*self.partial.glob("[!.]*"), self.partial):
             sync(path)
         self.partial.rename(self.path)
         sync(self.path.parent)
@@ -181,7 +193,7 @@ def _lock(file: IO, path: Path) -> None:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Name the remedy where caches in `folder` cannot be written."""
     try:
         yield
@@ -213,12 +225,10 @@ def build(
     Raises `UserError` when the disk is too small or cannot be written, an image cannot be read, or
     a feature is not finite or does not fit its dtype.
     """
-    # In one order everywhere: two commands that wait for each other's caches would wait forever.
-    targets = sorted(targets, key=lambda target: target.path)
     begun: list[Target] = []
     try:
-        wanted = on_main(accelerator, lambda: _begin(targets, begun))
-        targets = [target for target, due in zip(targets, wanted, strict=True) if due]
+        wanted = on_main(accelerator, lambda: begin_all(targets, begun))
+        targets = [target for target in targets if wanted[target.path]]
         for size in dict.fromkeys(target.net.inputs.size for target in targets):
             group = [target for target in targets if target.net.inputs.size == size]
             _fill(group, size, options, accelerator, data, source)
@@ -235,20 +245,21 @@ def build(
         )
 
 
-def _begin(targets: Sequence[Target], begun: list[Target]) -> list[bool]:
+def begin_all(targets: Sequence[Target], begun: list[Target]) -> dict[Path, bool]:
     """Which of `targets` are to be made; these are `begun`, each as soon as its folder is held."""
-    wanted = []
-    with _writing(targets[0].path.parent):
+    wanted = {}
+    with writing(targets[0].path.parent):
         _require_room(targets)
-        for target in targets:
+        # In one order: two commands that wait for each other's caches would wait forever.
+        for target in sorted(targets, key=lambda target: target.path):
             begun.append(target)
-            wanted.append(target.begin())
+            wanted[target.path] = target.begin()
     return wanted
 
 
 def _complete(targets: Sequence[Target]) -> None:
     for target in targets:
-        with _writing(target.path.parent):
+        with writing(target.path.parent):
             target.complete()
 
 
@@ -309,7 +320,7 @@ def _fill(
     shown = accelerator.is_main_process and sys.stderr.isatty()
     bar = tqdm(total=plan.steps, desc="features", disable=not shown, leave=False)
     try:
-        with _writing(targets[0].path.parent), bar:
+        with writing(targets[0].path.parent), bar:
             for target in targets:
                 target.open()
             for batch in loader.epoch(0):

@@ -21,6 +21,7 @@ from kdfast.errors import UsageError, UserError
 from kdfast.seeding import derive_seed
 from kdfast.training.feature_build import Target, build, data_fingerprint, first_images
 from kdfast.training.feature_cache import LAYOUT, FeatureCache, decode
+from kdfast.training.feature_dump import Dump, import_dump
 from kdfast.training.run_folder import on_main
 from kdfast.training.setup import eval_plan, evaluation_transform, loader_settings, train_plan
 from kdfast.training.tapped import Tapped
@@ -41,7 +42,10 @@ class Features:
     run in every pass. With `options.shuffle_pairs` every network after the first answers to other
     images than the first: a fixed derangement of the split, by `options.seed`.
 
-    Raises `UsageError` for shuffled pairs without a cache.
+    With `dump`, a folder that the published code has written of two networks, the features of the
+    training split come from there: their "index" is then the number of the record.
+
+    Raises `UsageError` for shuffled pairs or a dump without a cache.
     """
 
     def __init__(
@@ -50,14 +54,18 @@ class Features:
         accelerator: Accelerator,
         data: ImageData,
         nets: Sequence[Tapped],
+        dump: str | Path | None = None,
     ):
         if options.shuffle_pairs and options.features == "live":
             raise UsageError(
                 "--shuffle-pairs takes features of other images from the cache; drop "
                 "--features live"
             )
+        if dump and options.features == "live":
+            raise UsageError("--feature-dump is read into a cache; drop --features live")
         self.options, self.accelerator, self.data = options, accelerator, data
         self.nets = tuple(nets)
+        self.dump = Dump(dump, [net.shape for net in self.nets]) if dump else None
         self._identities = [json.dumps(_known(net)) for net in self.nets]
 
     def loader(self, split: str, *, shuffle: bool = False) -> CachedLoader | LiveLoader:
@@ -107,7 +115,9 @@ class Features:
             memory_format=torch.channels_last if maps else torch.contiguous_format
         )
 
-    def _source(self, split: str) -> tuple[str, Source]:
+    def _source(self, split: str) -> tuple[str, Source | Dump]:
+        if split == "train" and self.dump is not None:
+            return split, self.dump
         if split == "test" and self.data.test is None:
             split = "val"
         sources = {"train": self.data.train, "val": self.data.eval, "test": self.data.test}
@@ -124,11 +134,14 @@ class Features:
         }
         return LiveLoader(plan, loaders, sizes)
 
-    def _caches(self, split: str, source: Source) -> list[FeatureCache]:
+    def _caches(self, split: str, source: Source | Dump) -> list[FeatureCache]:
         """The cache of each network, made where it is not there; equal networks share one."""
 
         def record_all() -> list[dict[str, Any]]:
-            fingerprint = data_fingerprint(source, in_memory=self.data.in_memory)
+            if isinstance(source, Dump):
+                fingerprint = source.fingerprint()
+            else:
+                fingerprint = data_fingerprint(source, in_memory=self.data.in_memory)
             return [self._record(net, split, len(source), fingerprint) for net in self.nets]
 
         records = on_main(self.accelerator, record_all)
@@ -138,22 +151,24 @@ class Features:
             path: Target(net, path, record)
             for net, path, record in zip(self.nets, paths, records, strict=True)
         }
-
-        def absent() -> list[Path]:
-            return [path for path in targets if not path.exists()]
-
-        if due := on_main(self.accelerator, absent):
-            due_targets = [targets[path] for path in due]
-            build(due_targets, self.options, self.accelerator, self.data, source)
+        due = on_main(self.accelerator, lambda: [p for p in targets if not p.exists()])
+        if due and isinstance(source, Dump):
+            made = [Target(*of) for of in zip(self.nets, paths, records, strict=True)]
+            on_main(self.accelerator, lambda: import_dump(source, made, self.options, self.data))
+        elif due:
+            made = [targets[path] for path in due]
+            build(made, self.options, self.accelerator, self.data, source)
         on_main(self.accelerator, lambda: self._check(targets.values(), source))
         opened = {path: FeatureCache(path) for path in targets}
         return [opened[path] for path in paths]
 
-    def _check(self, targets: Iterable[Target], source: Source) -> None:
+    def _check(self, targets: Iterable[Target], source: Source | Dump) -> None:
         """Refuse caches that are not of these weights, images and settings."""
         for target in targets:
             cache, net = FeatureCache(target.path), target.net
             cache.require(target.record)
+            if isinstance(source, Dump):
+                continue  # its rows were compared when they were taken over
             size = net.inputs.size
             images = first_images(CHECKED_IMAGES, self.options, self.data, source, size)
             cache.require_like(net.features(images))
@@ -177,6 +192,7 @@ class Features:
             "selection": chosen,
             "images": images,
             "crop": crop,
+            "dumped": self.dump is not None and split == "train",
             "data": fingerprint,
         }
         return json.loads(json.dumps(record))

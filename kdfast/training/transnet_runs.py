@@ -120,7 +120,7 @@ def train_pair(
         f"Trans-Net on {data.name}, from {a.layer} of {a.path} to {b.layer} of {b.path}, {shape}"
         f"{', pairs shuffled' if options.shuffle_pairs else ''}, into {run.path}"
     )
-    features = Features(options, accelerator, data, [a, b])
+    features = Features(options, accelerator, data, [a, b], options.feature_dump)
     return train_transnet(options, accelerator, data, a, b, features, run, resume=resume)
 
 
