@@ -15,6 +15,7 @@ from kdfast.data import dataset_names
 from kdfast.methods.base import _METHODS
 from kdfast.training.parser import Parser
 from kdfast.training.transfer_flags import generation_flags
+from kdfast.training.transnet_runs import transnet_parser
 
 from conftest import ROOT  # isort: skip
 from test_methods import full_parser  # isort: skip
@@ -125,6 +126,9 @@ def test_every_row_has_a_command_or_an_issue(row):
         )
     elif row.script:
         assert (ROOT / row.script[0]).exists()
+    elif row.command[:2] == ["python", "-m"]:
+        assert row.command[2] == "kdfast.data.crop" and row.command[3] == "--dataset"
+        assert row.command[4] in dataset_names()
     else:
         assert " ".join(row.command) == "pip install -e ."
 
@@ -138,9 +142,10 @@ def test_every_flag_is_ours_or_planned(flag):
     else:
         chain = Parser()
         generation_flags(chain)
-        actions = [*full_parser()._actions, *chain._actions]
+        parsers = (full_parser(), chain, transnet_parser("train/transnet.py"))
+        actions = [action for parser in parsers for action in parser._actions]
         ours = [option for action in actions for option in action.option_strings]
-        assert new in [f"`{name}`" for name in (*ours, "CUDA_VISIBLE_DEVICES")]
+        assert new in [f"`{name}`" for name in (*ours, "CUDA_VISIBLE_DEVICES", "RUN")]
 
 
 def test_every_flag_of_an_old_command_is_in_the_table():
@@ -198,6 +203,9 @@ def test_numbers_of_the_old_command_are_kept(row, run_script):
             if key == "decades" and float(value) == 0:
                 assert options["sched"] == "step"
                 continue
+            if key == "layer":
+                assert options["layer"] == f"features.{value.strip()}"
+                continue
             loss = {k: v for m in options.get("methods", {}).values() for k, v in m.items()}
             init = options.get("methods", {}).get("fitnet", {}).get("init", {})
             inside = {"lambda": "lambda_start", "lambda-end": "lambda_end"}.get(key, key)
@@ -254,6 +262,33 @@ TAUGHT = {
     "model": "cifar_resnet8",
     "teacher": "cifar_resnet110",
     "teacher-checkpoint": "output/teacher",
+}
+CONSISTENT = {
+    "dataset": "cub200",
+    "model": "torchvision.models:vgg16_bn",
+    "global-batch-size": 128,
+    "opt": "momentum",
+    "lr": 0.01,
+    "momentum": 0.9,
+    "weight-decay": 1e-4,
+    "sched": "step",
+    "decay-epochs": 60,
+    "decay-rate": 0.3,
+    "val-interval": 5,
+    "img-size": 224,
+    "crop-mode": "squash",
+    "crop-pct": 1.0,
+    "aug": False,
+}
+TRANSNET = {
+    "dataset": "cub200",
+    "model": "torchvision.models:vgg16_bn",
+    "checkpoint-a": "NET_A",
+    "checkpoint-b": ["NET_B"],
+    "layer": "features.30",
+    "crop-mode": "squash",
+    "crop-pct": 1.0,
+    "aug": False,
 }
 QUANTIFYING = {
     "epochs": 150,
@@ -391,21 +426,40 @@ PUBLISHED = {
         "gamma": 1.0,
         "seed": 10,
     },
-    "trains a classifier on the cropped folders": {
-        "model": "vgg16_bn",
-        "epochs": 300,
-        "global-batch-size": 128,
-        "opt": "momentum",
-        "lr": 0.01,
-        "momentum": 0.9,
+    "fetches trained networks into `model_checkpoints/`": CONSISTENT
+    | {"initial-checkpoint": "model_checkpoints/NET.pth.tar"},
+    "trains a classifier on the cropped folders": CONSISTENT
+    | {"epochs": 300, "save-epochs": [50, 100, 150, 200, 250, 300], "seed": 0},
+    "the same on MIX320, 300 epochs, seeds 0 and 16": CONSISTENT
+    | {"dataset": "mix320", "model": "vgg16_bn", "epochs": 300, "global-batch-size": 64},
+    "the same on VOC animals, 150 epochs, seeds 0 and 5": CONSISTENT
+    | {"dataset": "voc-animal", "model": "vgg16_bn", "epochs": 150},
+    "writes the features of two networks": TRANSNET | {"features": "cache"},
+    "trains a Trans-Net from A's features to B's": TRANSNET
+    | {
+        "epochs": 1000,
+        "global-batch-size": 64,
+        "opt": "adam",
+        "lr": 1e-4,
         "weight-decay": 1e-4,
-        "sched": "step",
-        "decay-epochs": 60,
-        "decay-rate": 0.3,
-        "aug": False,
-        "save-epochs": [50, 100, 150, 200, 250, 300],
-        "seed": 0,
+        "sched": "log",
+        "decades": 2.0,
+        "layers": 3,
+        "alpha": [0.1, 0.1],
     },
+    "fine-tunes B's remaining layers behind it": TRANSNET
+    | {
+        "epochs": 100,
+        "global-batch-size": 64,
+        "opt": "adam",
+        "lr": 1e-5,
+        "weight-decay": 1e-4,
+        "sched": "log",
+        "decades": 2.0,
+        "val-interval": 10,
+    },
+    "shows images, features and their orders": TRANSNET | {"images": [0, 1], "save-maps": True},
+    "computes the variances of the paper": TRANSNET | {"split": "test"},
     "trains the teacher, from ImageNet weights": QUANTIFYING | {"lr": 1e-3, "pretrained": True},
     "trains the baseline, from scratch": QUANTIFYING | {"lr": 1e-2, "pretrained": False},
     "trains a teacher from scratch": QUANTIFYING

@@ -62,6 +62,7 @@ def check(options: argparse.Namespace) -> None:
     if options.eval_only:
         raise UsageError("--eval-only scores one network; analysis/variance.py scores a Trans-Net")
     changed = {
+        "--aug": options.aug,
         "--hflip": options.hflip,
         "--aa": options.aa,
         "--color-jitter": options.color_jitter,

@@ -9,8 +9,12 @@ PAIRS = ("seeds", "halves", "weak", "pruned", "generations", "same")
 
 
 def pair_flags(parser: Parser) -> None:
-    """Networks A and B, the layer in each, and where their features come from."""
+    """Networks A and B, the layer in each, and where their features come from.
+
+    For a parser that has the flags of data.
+    """
     flag = parser.flag
+    parser.fallbacks["aug"] = False  # features are of images as they are
     group = parser.add_argument_group(
         "pair", "B's feature is explained from A's, both of the same image and of one shape."
     )

@@ -114,6 +114,7 @@ def check_flags(options: argparse.Namespace) -> None:
             f"{flag} says which Trans-Net is meant, but {options.transnet} is given; drop one"
         )
     changed = {
+        "--aug": options.aug,
         "--hflip": options.hflip,
         "--aa": options.aa,
         "--color-jitter": options.color_jitter,
