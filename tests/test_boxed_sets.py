@@ -32,7 +32,7 @@ from kdfast.training.schedules import Schedule
 
 from conftest import ROOT  # isort: skip
 
-CLASSIFIER, CROP = "train/classifier.py", "kdfast/data/crop.py"
+CLASSIFIER, CROP = "train/classifier.py", "kdfast/training/crop.py"
 SETS = {
     "cub200": made.write_cub,
     "dogs120": made.write_dogs,

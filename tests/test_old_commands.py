@@ -127,7 +127,7 @@ def test_every_row_has_a_command_or_an_issue(row):
     elif row.script:
         assert (ROOT / row.script[0]).exists()
     elif row.command[:2] == ["python", "-m"]:
-        assert row.command[2] == "kdfast.data.crop" and row.command[3] == "--dataset"
+        assert row.command[2] == "kdfast.training.crop" and row.command[3] == "--dataset"
         assert row.command[4] in dataset_names()
     else:
         assert " ".join(row.command) == "pip install -e ."

@@ -1,6 +1,6 @@
 """Write the crops of a set with boxes to a folder that `--dataset folder` reads.
 
-    python -m kdfast.data.crop --dataset cub200 --data-dir data crops
+    python -m kdfast.training.crop --dataset cub200 --data-dir data crops
 
 gives crops/train/CLASS/NUMBER-NAME.png and crops/val/CLASS/NUMBER-NAME.png. Read as a folder they
 have the order, class indices and pixels of the set itself.
@@ -31,7 +31,7 @@ BOXED = ("cub200", "dogs120", "voc", "voc-animal", "mix320")
 
 @script
 def main(argv: Sequence[str]) -> None:
-    parser = Parser(prog="python -m kdfast.data.crop", description=__doc__)
+    parser = Parser(prog="python -m kdfast.training.crop", description=__doc__)
     group = parser.add_argument_group("crops")
     parser.flag(group, "--dataset", metavar="NAME", help=", ".join(BOXED))
     parser.flag(group, "--data-dir", metavar="PATH", help="where the set's files are")
