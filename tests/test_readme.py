@@ -82,6 +82,23 @@ def test_generations_are_those_of_the_committed_run():
             assert f"{int(row['parameters']):,}" in README
 
 
+def test_consistency_is_that_of_the_committed_runs():
+    with (ROOT / "benchmarks/results/consistency-digits.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    runs = dict.fromkeys(row["run"] for row in rows)
+    section = README.split("## Compare what two networks know")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == len(runs) == 6
+    for run, line in zip(runs, lines, strict=True):
+        share = {r["quantity"]: 100 * float(r["relative"]) for r in rows if r["run"] == run}
+        parts = ("order0", "order1", "order2", "residual")
+        assert line.endswith("| " + " | ".join(f"{share[part]:.1f}" for part in parts) + " |")
+    with (ROOT / "benchmarks/results/transclassifier-digits.csv").open() as file:
+        before = [row["before_top1"] for row in csv.DictReader(file)]
+    for top1 in before[2:5]:
+        assert f"{float(top1):.1f} %" in section
+
+
 def named(row: dict[str, str]) -> str:
     """How the README's table calls a row of a committed one."""
     method, _, options = row["method"].partition(" (")
