@@ -41,6 +41,7 @@ from kdfast.training.finished_transnets import (
     analysis_parser,
     open_finished,
     print_options,
+    refuse_flags_of_training,
 )
 from kdfast.training.journal import say
 from kdfast.training.measure import measure
@@ -81,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
         print_options(options)
         return
 
+    refuse_flags_of_training(options, options.runs)
     accelerator = start(options)
     found = []
     for finished in open_finished(parser, options, accelerator, options.runs):

@@ -42,6 +42,7 @@ from kdfast.training.finished_transnets import (
     network_words,
     open_finished,
     print_options,
+    refuse_flags_of_training,
 )
 from kdfast.training.journal import say
 from kdfast.training.measure import exact_convolutions
@@ -110,8 +111,9 @@ def main(argv: Sequence[str]) -> None:
         print_options(options)
         return
 
-    accelerator = start(options)
     runs = [options.runs] if options.runs else []
+    refuse_flags_of_training(options, runs)
+    accelerator = start(options)
     found = open_finished(parser, options, accelerator, runs)
     finished = next(found)
     if (other := next(found, None)) is not None:

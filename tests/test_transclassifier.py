@@ -565,6 +565,38 @@ def test_flags_of_the_run_hold_unless_given(run_script, trained):
     assert "train-limit" not in printed(run_script)
 
 
+def test_data_flags_of_the_run_win_over_recipes(run_script, trained, tmp_path):
+    """Recipe refinement squashes images of birds; g was trained on the middles of them."""
+    net = shutil.copytree(trained / "transnet", tmp_path / "net")
+    record = yaml.safe_load((net / "args.yaml").read_text())
+    record["options"] |= {"dataset": "cub200", "crop-mode": "center", "crop-pct": 0.875}
+    (net / "args.yaml").write_text(yaml.safe_dump(record))
+    found = printed(run_script, net)
+    assert (found["recipe"], found["lr"]) == ("refinement", 1e-5)
+    assert (found["crop-mode"], found["crop-pct"]) == ("center", 0.875)
+    assert printed(run_script, net, "--crop-mode", "border")["crop-mode"] == "border"
+    (tmp_path / "own.yaml").write_text("crop-pct: 0.5\n")
+    assert printed(run_script, net, "-c", "own.yaml")["crop-pct"] == 0.5
+    (net / "args.yaml").write_text(yaml.safe_dump(record | {"layout": 99}))
+    assert "newer kdfast" in run_script(SCRIPT, net, "--print-config")[2]
+
+
+def test_weights_of_an_epoch_are_of_their_run(run_script, trained, tmp_path):
+    net = shutil.copytree(trained / "transnet", tmp_path / "net")
+    (net / "weights").mkdir(exist_ok=True)
+    file = shutil.copy(net / "best.safetensors", net / "weights/epoch-0001.safetensors")
+    assert printed(run_script, file)["train-limit"] == 64
+
+
+def test_weights_of_another_set_are_refused(refused, trained, tmp_path):
+    net, record = (
+        transnet_at(trained / "transnet"),
+        read_weights(trained / "transnet/best.safetensors")[1],
+    )
+    save_weights(tmp_path / "g.safetensors", net, record | {"dataset": "cifar10"})
+    refused(2, SCRIPT, "g.safetensors", words=["cifar10", "digits", "--dataset cifar10"])
+
+
 # What is refused.
 
 
@@ -580,6 +612,10 @@ def test_flags_of_the_run_hold_unless_given(run_script, trained):
         (("--eval-only",), ["--eval-only"]),
         (("--pair", "same"), ["--pair", "transnet"]),
         (("--hflip", 0.5), ["--hflip"]),
+        (("--ratio", 1, 1), ["--ratio", "as they are"]),
+        (("--crop-padding", 1), ["--crop-padding", "as they are"]),
+        (("--layer-b", "layer1"), ["--layer-b", "no effect", "transnet"]),
+        (("--model", "cifar_resnet8"), ["--model", "no effect"]),
         (("--order", "11"), ["--order", "--orders"]),
         (("-b", 2000), ["2000", "--batch-size"]),
         (("--epochs", 0), ["--epochs", "at least 1"]),

@@ -446,6 +446,7 @@ def test_what_is_no_transnet_is_refused(what, networks, trained, tmp_path):
         (2, ("--pair", "twins"), ["--pair"]),
         (2, ("--shuffle-pairs", "--features", "live"), ["--shuffle-pairs", "--features"]),
         (2, ("--hflip", 0.5), ["--hflip", "as they are"]),
+        (2, ("--scale", 0.5, 1), ["--scale", "as they are"]),
         (2, ("--smoothing", 0.1), ["--smoothing"]),
         (2, ("--eval-only",), ["analysis/variance.py"]),
         (1, ("--model-a", "cifar_resnet14"), ["does not fit cifar_resnet14"]),

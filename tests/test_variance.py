@@ -421,6 +421,46 @@ def test_requests_that_cannot_be_served(refused, spoilt, row):
     refused(code, VARIANCE, *flags.split(), words=words)
 
 
+IDLE = ["--layer layer1", "--model-a cifar_resnet8", "--pair same", "--layers 2", "--alpha 1",
+        "--freeze-gates", "--feature-dump x", "--lr 1", "--epochs 2", "--sched cosine",
+        "--experiment x"]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", IDLE)
+def test_flags_without_effect_on_a_run(refused, spoilt, flags):
+    flag = flags.split()[0]
+    refused(2, VARIANCE, spoilt, *flags.split(), words=[flag, "no effect", "spoilt"])
+    refused(2, "analysis/visualize.py", spoilt, *flags.split(), words=[flag, "no effect"])
+
+
+def test_options_of_another_script_may_be_shared(run_script, run, tmp_path):
+    """A config has more than a run needs: what is trained stays as it is."""
+    text = run_script(VARIANCE, "--print-config", "--eval-limit", HELD_OUT)[1]
+    (tmp_path / "options.yaml").write_text(text)
+    code, _, err = run_script(VARIANCE, run, "-c", "options.yaml", "--output", "here")
+    assert code == 0, err
+
+
+def test_a_moved_run_finds_the_caches_beside_it(run_script, networks, tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    monkeypatch.chdir(tmp_path / "old")
+    train(networks, Path("output"), "run")
+    (tmp_path / "old").rename(tmp_path / "new")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = tmp_path / "new/output/run"
+    code, _, err = run_script(VARIANCE, run, "--features", "cache")
+    assert code == 0, err
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_weights_of_another_set(refused, run, tmp_path):
+    """A file without its args.yaml has only its record to say what it was trained on."""
+    net, record = transnet(run / "best.safetensors"), read_weights(run / "best.safetensors")[1]
+    save_weights(tmp_path / "g.safetensors", net, record | {"dataset": "cifar10"})
+    refused(2, VARIANCE, "g.safetensors", words=["cifar10", "digits", "--dataset cifar10"])
+
+
 def test_damaged_runs_are_refused(refused, spoilt):
     damage(spoilt / "best.safetensors")
     refused(1, VARIANCE, spoilt, words=["best.safetensors", "damaged"])

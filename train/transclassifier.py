@@ -35,7 +35,7 @@ from kdfast.data import ImageData
 from kdfast.errors import UsageError
 from kdfast.training.consistency_flags import pair_flags, tail_flags
 from kdfast.training.flags import data_flags, run_flags, training_flags
-from kdfast.training.inherited import data_keys, inherit_flags
+from kdfast.training.inherited import flags_of_run, with_flags
 from kdfast.training.options import parse
 from kdfast.training.parser import Parser
 from kdfast.training.run_folder import RunFolder, choose_run, on_main
@@ -62,9 +62,10 @@ def main(argv: Sequence[str]) -> None:
     tail_flags(parser)
     training_flags(parser)
     run_flags(parser, recipe="refinement")
-    if given := parser.given(argv).get("transnet"):
-        inherit_flags(parser, given, data_keys() | {"features", "feature-dir", "feature-dtype"})
-    options = parse(parser, argv)
+    run = parser.given(argv).get("transnet")
+    theirs = flags_of_run(parser, run) if run else {}
+    parser.fallbacks |= theirs  # which recipe is the default depends on them
+    options = with_flags(parse(parser, argv), theirs)
     check_flags(options)
     if options.print_config:
         print_config(options)

@@ -27,6 +27,7 @@ import sys
 from collections.abc import Sequence
 
 from kdfast.errors import UsageError
+from kdfast.training.consistency_flags import refuse_augmentation
 from kdfast.training.options import parse
 from kdfast.training.run_folder import choose_run
 from kdfast.training.script import script
@@ -61,21 +62,12 @@ def check(options: argparse.Namespace) -> None:
     gate_weights(options)
     if options.eval_only:
         raise UsageError("--eval-only scores one network; analysis/variance.py scores a Trans-Net")
-    changed = {
-        "--aug": options.aug,
-        "--hflip": options.hflip,
-        "--aa": options.aa,
-        "--color-jitter": options.color_jitter,
-        "--train-crop-mode": options.train_crop_mode not in (None, "none"),
-        "--smoothing": options.smoothing,
-        "--freeze-bn": options.freeze_bn,
-        "--sync-bn": options.sync_bn,
-    }
-    for flag, value in changed.items():
-        if value and flag[2:].replace("-", "_") in options.given:
+    refuse_augmentation(options, "a Trans-Net learns from features of images as they are")
+    for dest in ("smoothing", "freeze_bn", "sync_bn"):
+        if getattr(options, dest) and dest in options.given:
             raise UsageError(
-                f"{flag} is for training classifiers: a Trans-Net learns from features of images "
-                "as they are, without labels or batch normalisation"
+                f"--{dest.replace('_', '-')} is for training classifiers: a Trans-Net learns "
+                "without labels or batch normalisation"
             )
 
 

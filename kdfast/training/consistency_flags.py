@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+
+from kdfast.errors import UsageError
 from kdfast.training.parser import Parser
 from kdfast.training.values import amount, assignment, positive
 
@@ -146,3 +149,20 @@ def tail_flags(parser: Parser) -> None:
     parser.switch(
         group, "--own", default=True, help="also fine-tune B's tail on B's own raw feature"
     )
+
+
+def refuse_augmentation(options: argparse.Namespace, why: str) -> None:
+    """Refuse flags that change training images; `why` ends the error. Raises `UsageError`."""
+    changed = {
+        "aug": options.aug,
+        "hflip": options.hflip,
+        "aa": options.aa,
+        "color_jitter": options.color_jitter,
+        "train_crop_mode": options.train_crop_mode not in (None, "none"),
+    }
+    found = [dest for dest, value in changed.items() if value and dest in options.given]
+    # Printed options, which may be given again, always have these.
+    found += [dest for dest in ("scale", "ratio", "crop_padding") if dest in options.typed]
+    if found:
+        flag = found[0].replace("_", "-")
+        raise UsageError(f"--{flag} is for training classifiers: {why}; drop it")

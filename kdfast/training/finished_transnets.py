@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 
-from kdfast.data import ImageData, Source, dataset_name
+from kdfast.data import ImageData, Source
 from kdfast.data.sources import UNREADABLE, unreadable
-from kdfast.errors import UserError
 from kdfast.models import architecture, checksum, parameter_count
 from kdfast.seeding import derive_seed
-from kdfast.training.consistency_flags import pair_flags
+from kdfast.training.consistency_flags import transnet_flags
 from kdfast.training.features import derangement
-from kdfast.training.flags import data_flags
-from kdfast.training.layout import LAYOUT
+from kdfast.training.flags import data_flags, training_flags
+from kdfast.training.inherited import (
+    dests,
+    flags_of_run,
+    recorded_options,
+    refuse_idle,
+    with_flags,
+)
 from kdfast.training.parser import Parser
 from kdfast.training.run_folder import on_main
 from kdfast.training.setup import evaluation_transform, load_data, print_config
@@ -35,6 +37,12 @@ from kdfast.training.transnet_runs import (
 )
 
 SPLITS = ("test", "val", "train")
+# Flags of training that a pass over the images has, too: its batches, and the machine.
+_OF_PASSES = {
+    "batch_size", "global_batch_size", "grad_accum_steps", "eval_drop_last", "mixed_precision",
+    "threads", "amp", "deterministic", "channels_last", "torchcompile", "ops",
+}  # fmt: skip
+_OF_RUNS = {"experiment", "resume", "seeds", "save_epochs", "eval_only"}
 
 
 @dataclass(frozen=True)
@@ -172,7 +180,7 @@ def open_finished(
     loaded: dict[str, ImageData] = {}
 
     def data_of(own: argparse.Namespace) -> ImageData:
-        key = repr([getattr(own, dest) for dest in _dests(data_flags)])
+        key = repr([getattr(own, dest) for dest in dests(data_flags)])
         if key not in loaded:
             loaded.clear()  # one set in memory at a time
             loaded[key] = load_data(own, accelerator)
@@ -214,57 +222,15 @@ def _pairs_of(path: Path) -> list[Path]:
 def options_of_run(parser: Parser, options: argparse.Namespace, path: Path) -> argparse.Namespace:
     """`options` with data and pair of the run at `path`, but for flags that were given.
 
-    Those of a weights file beside an args.yaml are its run's. Raises `UserError` where there is
-    neither a run nor a file, or the record is damaged.
+    Raises `UserError` where there is neither a run nor a file, or the record is damaged.
     """
-    folder = path if path.is_dir() else path.parent
-    record_file = folder / "args.yaml"
-    if path.is_dir() and not record_file.is_file():
-        raise UserError(
-            f"no Trans-Net at {path}: it holds no args.yaml; give a run folder of "
-            "train/transnet.py, or a weights file"
-        )
-    if not path.exists():
-        raise UserError(
-            f"no Trans-Net at {path}; give a run folder of train/transnet.py, or a weights file"
-        )
-    own = copy.copy(options)
-    own.output = parser.fallbacks["output"]
-    if record_file.is_file() and (path.is_dir() or path.suffix == ".safetensors"):
-        recorded, where = _recorded(record_file), str(record_file)
-        # What the networks are is in the weights file.
-        theirs = {*_dests(data_flags, pair_flags), "seed"} - options.given
-        theirs -= {"model", "model_a", "model_b", "model_kwargs"}
-        # Of the run, whose caches lie there: --output is of the results.
-        own.output = str(recorded.get("output", own.output))
-        for dest in theirs:
-            setattr(own, dest, parser.fallbacks[dest])
-        for key, value in recorded.items():
-            action = parser.actions().get(key)
-            if action and action.dest in theirs:
-                setattr(own, action.dest, parser.converted(key, value, where, key))
-        own.dataset = dataset_name(own.dataset)
+    own = with_flags(options, flags_of_run(parser, path, {"seed"}))
+    # Of the run, whose caches lie there: --output is of the results.
+    own.output = str((recorded_options(path) or {}).get("output", parser.fallbacks["output"]))
     return own
 
 
-def _dests(*groups: Any) -> set[str]:
-    """What the flags of these groups are called in a namespace."""
-    scratch = Parser()
-    for add in groups:
-        add(scratch)
-    return set(scratch.fallbacks)
-
-
-def _recorded(path: Path) -> dict[str, Any]:
-    """The options in an args.yaml."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        options, layout = dict(content["options"]), int(content.get("layout", 1))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError, LookupError):
-        raise UserError(f"{path} is damaged; put it back as it was") from None
-    if layout > LAYOUT:
-        raise UserError(
-            f"{path} was written by a newer kdfast (folder layout {layout}, this one knows "
-            f"{LAYOUT}); update kdfast"
-        )
-    return options
+def refuse_flags_of_training(options: argparse.Namespace, runs: Sequence[str]) -> None:
+    """Refuse flags on the command line that say how to train what the runs have trained."""
+    paths = [path for run in runs for path in _pairs_of(Path(run))]
+    refuse_idle(options, paths, dests(transnet_flags, training_flags) - _OF_PASSES | _OF_RUNS)

@@ -191,8 +191,9 @@ def merge(
     `foreign` belong to other scripts and are passed over. A recipe's `when` is a list of further
     mappings; each holds where the options named in its `if` have one of the values given there,
     words as `canonical(key, word)` spells them. Beside the flags the result has
-    `given` (dests set by config or command line) and `layers_of_methods`, the `methods` mappings
-    of recipe and config with the words for where they are, weakest first.
+    `given` (dests set by config or command line), `typed` (those of the command line) and
+    `layers_of_methods`, the `methods` mappings of recipe and config with the words for where they
+    are, weakest first.
     """
     flags = parser.given(argv)
     config = read_yaml(Path(flags["config"])) if flags.get("config") else {}
@@ -230,7 +231,9 @@ def merge(
                 raise UsageError(f"{where}: {unknown('key', key, [*actions, *foreign])}")
     options |= flags
     options["recipe"] = str(name)
-    return argparse.Namespace(**options, given=given | set(flags), layers_of_methods=methods)
+    return argparse.Namespace(
+        **options, given=given | set(flags), typed=set(flags), layers_of_methods=methods
+    )
 
 
 def load_plugin(argv: Sequence[str]) -> None:

@@ -384,6 +384,7 @@ def plain(options: argparse.Namespace, **resolved: Any) -> dict[str, Any]:
     """The options as YAML would give them again: flag names, plain values, resolved methods."""
     hidden = {
         "given",
+        "typed",
         "layers_of_methods",
         "print_config",
         "config",

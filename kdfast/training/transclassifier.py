@@ -22,7 +22,9 @@ from kdfast.errors import UsageError, UserError
 from kdfast.models import checksum, load_weights, read_weights
 from kdfast.models.splice import check_mask, sum_of_orders
 from kdfast.training.classifier import describe
+from kdfast.training.consistency_flags import refuse_augmentation
 from kdfast.training.features import Features
+from kdfast.training.inherited import refuse_idle
 from kdfast.training.journal import say
 from kdfast.training.keeper import StudentKeeper
 from kdfast.training.layout import FREE
@@ -100,7 +102,6 @@ def check_flags(options: argparse.Namespace) -> None:
         )
     if options.orders and len(set(options.orders)) < len(options.orders):
         raise UsageError(f"--orders {' '.join(options.orders)} repeats a mask")
-    given = options.given
     if options.transnet is None and (
         options.pair == "generations" or len(options.checkpoint_b or ()) > 1
     ):
@@ -108,24 +109,9 @@ def check_flags(options: argparse.Namespace) -> None:
             "several networks B have a Trans-Net each, and a tail is fine-tuned behind one of "
             "them: give its run folder"
         )
-    if options.transnet is not None and given & {"pair", "shuffle_pairs"}:
-        flag = "--pair" if "pair" in given else "--shuffle-pairs"
-        raise UsageError(
-            f"{flag} says which Trans-Net is meant, but {options.transnet} is given; drop one"
-        )
-    changed = {
-        "--aug": options.aug,
-        "--hflip": options.hflip,
-        "--aa": options.aa,
-        "--color-jitter": options.color_jitter,
-        "--train-crop-mode": options.train_crop_mode not in (None, "none"),
-    }
-    for flag, value in changed.items():
-        if value and flag[2:].replace("-", "_") in given:
-            raise UsageError(
-                f"{flag} changes images, and a tail learns from features of images as they are; "
-                "drop it"
-            )
+    if options.transnet is not None:
+        refuse_idle(options, [Path(options.transnet)], {"pair", "shuffle_pairs"})
+    refuse_augmentation(options, "a tail learns from features of images as they are")
 
 
 def choose_orders(given: Sequence[str] | None, layers: int) -> list[str]:

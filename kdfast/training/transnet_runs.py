@@ -263,13 +263,19 @@ def open_transnet(
 
     Raises:
         UsageError: published weights without both networks, or whose channels are not theirs; data
-            of another number of classes.
+            of another number of classes, or of another set than recorded when none was given.
         UserError: no Trans-Net there, a damaged record, A or B gone or with other weights than
             recorded.
     """
     path = Path(path)
     state, record = read_weights(weights_path(path))
     if record.get("kind") == "transnet":
+        if "dataset" not in options.given and record.get("dataset", data.name) != data.name:
+            raise UsageError(
+                f"the Trans-Net in {path} was trained on {record['dataset']}, but the images are "
+                f"of {data.name}; give --dataset {record['dataset']} with its flags, or --dataset "
+                f"{data.name} if these are meant"
+            )
         net = _rebuilt(weights_path(path), state, record)
         a, b = (
             _reopened(name, record[name], options, data, accelerator, path) for name in ("a", "b")
