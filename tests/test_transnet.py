@@ -441,6 +441,7 @@ def test_what_is_no_transnet_is_refused(what, networks, trained, tmp_path):
     [
         (2, ("--alpha", 0.1, 0.2, 0.3), ["--alpha has 3 values", "2 gates"]),
         (2, ("--layers", 0), ["--layers"]),
+        (2, ("--layers", 1, "--alpha", 0.1, 0.2), ["--layers 1 has no gates", "drop --alpha"]),
         (2, ("--layer", "layr2"), ["unknown layer 'layr2'", "layer2"]),
         (2, ("--layer-b", "layer3"), ["layer2.0.act2:in", "32x16x16", "layer3", "64x8x8"]),
         (2, ("--pair", "twins"), ["--pair"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kdfast.training.parser import Parser
-from kdfast.training.values import amount, assignment, positive
+from kdfast.training.values import amount, assignment, orders, positive
 
 PAIRS = ("seeds", "halves", "weak", "pruned", "generations", "same")
 
@@ -138,6 +138,7 @@ def tail_flags(parser: Parser) -> None:
     flag(
         group,
         "--orders",
+        type=orders,
         nargs="+",
         metavar="MASK",
         help="the orders of each sub-run, one digit each, 1 to keep it, order 0, the linear one, "

@@ -137,7 +137,7 @@ def choose_orders(given: Sequence[str] | None, layers: int) -> list[str]:
         return ["1" * n + "0" * (layers - n) for n in range(1, layers + 1)]
     for mask in given:
         try:
-            check_mask([int(digit) if digit in "01" else digit for digit in mask], layers)
+            check_mask([int(digit) for digit in mask], layers)
         except UsageError as error:
             raise UsageError(f"--orders: {error}") from None
     return list(given)
@@ -229,7 +229,7 @@ def _train(run: Spliced, part: Part) -> dict[str, Any]:
     """The results of one sub-run: trained, or read where it is finished."""
     accelerator, data, b = run.accelerator, run.data, run.opened.b
     own = _options_of(run, part)
-    arguments = arguments_of(own, accelerator, data, **run.recorded)
+    arguments = arguments_of(own, accelerator, data, kind="tail", **run.recorded)
     begun, done = on_main(accelerator, lambda: (part.path.exists(), part.results.exists()))
     with part.claimed(accelerator, arguments, resume=begun):
         if done:
