@@ -647,10 +647,11 @@ def test_another_transnet_is_refused(refused, run, trained, tmp_path):
     refused(2, SCRIPT, other, *flags, words=["run", "transnet-checksum"])
 
 
-def test_weights_that_were_swapped_are_refused(refused, run, trained):
-    shutil.copy(run / "own/last.safetensors", run / "orders-10/last.safetensors")
+@pytest.mark.parametrize("kind", ["last", "best"])
+def test_weights_that_were_swapped_are_refused(refused, run, trained, kind):
+    shutil.copy(run / f"own/{kind}.safetensors", run / f"orders-10/{kind}.safetensors")
     flags = (*FLAGS, *RUN, "--resume", "auto")
-    refused(1, SCRIPT, trained / "transnet", *flags, words=["orders-10/last", "not what"])
+    refused(1, SCRIPT, trained / "transnet", *flags, words=[f"orders-10/{kind}", "not what"])
 
 
 def test_an_existing_folder_is_refused(refused, run, trained):

@@ -299,15 +299,23 @@ def test_vectors(run_script, networks, tmp_path):
     assert load_file(tmp_path / "fc/best.safetensors")["convs.0.weight"].shape == (64, 64, 1, 1)
 
 
-def test_a_network_with_itself_differs_less_than_with_another(networks, run_script, tmp_path):
-    shares = {}
-    for name, other in (("same", networks[1]), ("seeds", networks[3])):
-        flags = ("--checkpoint-a", networks[1], "--checkpoint-b", other, *networks[4:])
-        flags = (*flags, "--train-limit", 256, "--eval-limit", 64, "--epochs", 4)
-        code, out, err = run_script(SCRIPT, *flags, "--layer", "fc:in", "--experiment", name)
+@pytest.mark.parametrize("layer", [(), ("--layer", "fc:in")], ids=["maps", "vectors"])
+def test_more_is_explained_the_more_is_shared(layer, networks, run_script):
+    """Of one network with itself, of two seeds, and of other images: there nothing of vectors.
+
+    What maps have in common, whatever the image, is a function of position.
+    """
+    same, seeds = ("--checkpoint-b", networks[1]), ("--checkpoint-b", networks[3])
+    shares = []
+    for number, other in enumerate((same, seeds, (*seeds, "--shuffle-pairs"))):
+        flags = (*networks[:2], *other, *networks[4:], *layer, "--experiment", number)
+        code, out, err = run_script(
+            SCRIPT, *flags, "--train-limit", 256, "--eval-limit", 64, "--epochs", 4
+        )
         assert code == 0, err
-        shares[name] = json.loads(out.splitlines()[-1])["best"]["residual_share"]
-    assert shares["same"] < shares["seeds"]
+        shares.append(json.loads(out.splitlines()[-1])["best"]["residual_share"])
+    assert shares[0] < shares[1] < shares[2]
+    assert not layer or shares[2] >= 0.9
 
 
 def test_print_config_shows_digits_settings(run_script):

@@ -299,15 +299,18 @@ def _examined(run: Spliced, part: Part, results: dict[str, Any]) -> dict[str, An
 
     Written into its results.json as `tested`.
     """
-    last = part.weights("last")
-    found = on_main(run.accelerator, lambda: checksum(read_weights(last)[0]))
+    files = {"checksum": part.weights("last"), "best_checksum": part.weights("best")}
+    found = on_main(
+        run.accelerator, lambda: {key: checksum(read_weights(f)[0]) for key, f in files.items()}
+    )
     known = results.get("tested")
-    if known is not None and known["checksum"] != found:
-        raise UserError(f"{last} is not what the sub-run ended with; put it back as it was")
+    for key, file in files.items():
+        if known is not None and known[key] != found[key]:
+            raise UserError(f"{file} is not what the sub-run ended with; put it back as it was")
     if known is None:
         tails = [_tail_of(run, part.weights(kind)) for kind in ("last", "best")]
         scores = run.examiner.score(tails, part.mask)
-        known = {"split": run.examiner.split, "checksum": found}
+        known = {"split": run.examiner.split} | found
         known["before"] = run.before[part.subset]
         for kind, own in zip(("last", "best"), scores, strict=True):
             known[kind] = {"epoch": results[kind]["epoch"]} | own
