@@ -286,6 +286,37 @@ def test_several_seeds_and_several_networks(run_script, networks, tmp_path):
     assert code == 0 and json.loads(out.splitlines()[-1]) == summary
 
 
+def test_several_networks_go_on(run_script, refused, networks, tmp_path):
+    """Where they were stopped, also with more of them; with fewer the results would lack some."""
+    shutil.copytree(networks[3], tmp_path / "moved")
+    flags = (*TINY, *networks[:2], *networks[4:], "--output", tmp_path, "--experiment", "many")
+
+    def two(last, *more) -> dict:
+        code, out, err = run_script(SCRIPT, *flags, "--checkpoint-b", networks[1], last, *more)
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    whole = tmp_path / "many"
+    found = two(networks[3])
+    assert json.loads((whole / "results.json").read_text()) == found
+    with pytest.raises(UserError, match="holds a Trans-Net"):
+        read_runs([whole])
+    assert [run.path for run in read_runs([whole, networks[1]])[0]] == [networks[1]]
+    shutil.rmtree(whole / "pair-1")
+    (whole / "results.json").unlink()
+    again = two(tmp_path / "moved", "--resume", whole)
+    assert again["best"] == found["best"] and (whole / "results.json").exists()
+    assert two(networks[3], networks[1], "--resume", "auto")["pairs"][:2] == found["pairs"]
+    fewer = (*flags, "--resume", whole, "--checkpoint-b", networks[1])
+    refused(2, SCRIPT, *fewer, networks[3], words=["many has pair-2 too", "networks B"])
+    refused(2, SCRIPT, *fewer, words=["many has pair-0 too"])
+    three = (*fewer, networks[3], networks[1])
+    refused(2, SCRIPT, *three, "--alpha", 2, words=["alpha [0.1, 0.1]", "alpha [2.0, 2.0]"])
+    others = (*fewer, networks[1], networks[1])
+    leaves = ("many/*", "many/pair-0/*")
+    refused(2, SCRIPT, *others, words=["pair-1", "made with b"], leaves=leaves)
+
+
 def test_frozen_gates_stay(run_script, networks, tmp_path):
     flags = (*TINY, *networks, "--freeze-gates", "--output", tmp_path, "--experiment", "frozen")
     assert run_script(SCRIPT, *flags)[0] == 0
