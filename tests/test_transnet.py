@@ -286,6 +286,37 @@ def test_several_seeds_and_several_networks(run_script, networks, tmp_path):
     assert code == 0 and json.loads(out.splitlines()[-1]) == summary
 
 
+def test_several_networks_go_on(run_script, refused, networks, tmp_path):
+    """Where they were stopped, also with more of them; with fewer the results would lack some."""
+    shutil.copytree(networks[3], tmp_path / "moved")
+    flags = (*TINY, *networks[:2], *networks[4:], "--output", tmp_path, "--experiment", "many")
+
+    def two(last, *more) -> dict:
+        code, out, err = run_script(SCRIPT, *flags, "--checkpoint-b", networks[1], last, *more)
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    whole = tmp_path / "many"
+    found = two(networks[3])
+    assert json.loads((whole / "results.json").read_text()) == found
+    with pytest.raises(UserError, match="holds a Trans-Net"):
+        read_runs([whole])
+    assert [run.path for run in read_runs([whole, networks[1]])[0]] == [networks[1]]
+    shutil.rmtree(whole / "pair-1")
+    (whole / "results.json").unlink()
+    again = two(tmp_path / "moved", "--resume", whole)
+    assert again["best"] == found["best"] and (whole / "results.json").exists()
+    assert two(networks[3], networks[1], "--resume", "auto")["pairs"][:2] == found["pairs"]
+    fewer = (*flags, "--resume", whole, "--checkpoint-b", networks[1])
+    refused(2, SCRIPT, *fewer, networks[3], words=["many has pair-2 too", "networks B"])
+    refused(2, SCRIPT, *fewer, words=["many has pair-0 too"])
+    three = (*fewer, networks[3], networks[1])
+    refused(2, SCRIPT, *three, "--alpha", 2, words=["alpha [0.1, 0.1]", "alpha [2.0, 2.0]"])
+    others = (*fewer, networks[1], networks[1])
+    leaves = ("many/*", "many/pair-0/*")
+    refused(2, SCRIPT, *others, words=["pair-1", "made with b"], leaves=leaves)
+
+
 def test_frozen_gates_stay(run_script, networks, tmp_path):
     flags = (*TINY, *networks, "--freeze-gates", "--output", tmp_path, "--experiment", "frozen")
     assert run_script(SCRIPT, *flags)[0] == 0
@@ -299,15 +330,23 @@ def test_vectors(run_script, networks, tmp_path):
     assert load_file(tmp_path / "fc/best.safetensors")["convs.0.weight"].shape == (64, 64, 1, 1)
 
 
-def test_a_network_with_itself_differs_less_than_with_another(networks, run_script, tmp_path):
-    shares = {}
-    for name, other in (("same", networks[1]), ("seeds", networks[3])):
-        flags = ("--checkpoint-a", networks[1], "--checkpoint-b", other, *networks[4:])
-        flags = (*flags, "--train-limit", 256, "--eval-limit", 64, "--epochs", 4)
-        code, out, err = run_script(SCRIPT, *flags, "--layer", "fc:in", "--experiment", name)
+@pytest.mark.parametrize("layer", [(), ("--layer", "fc:in")], ids=["maps", "vectors"])
+def test_more_is_explained_the_more_is_shared(layer, networks, run_script):
+    """Of one network with itself, of two seeds, and of other images: there nothing of vectors.
+
+    What maps have in common, whatever the image, is a function of position.
+    """
+    same, seeds = ("--checkpoint-b", networks[1]), ("--checkpoint-b", networks[3])
+    shares = []
+    for number, other in enumerate((same, seeds, (*seeds, "--shuffle-pairs"))):
+        flags = (*networks[:2], *other, *networks[4:], *layer, "--experiment", number)
+        code, out, err = run_script(
+            SCRIPT, *flags, "--train-limit", 256, "--eval-limit", 64, "--epochs", 4
+        )
         assert code == 0, err
-        shares[name] = json.loads(out.splitlines()[-1])["best"]["residual_share"]
-    assert shares["same"] < shares["seeds"]
+        shares.append(json.loads(out.splitlines()[-1])["best"]["residual_share"])
+    assert shares[0] < shares[1] < shares[2]
+    assert not layer or shares[2] >= 0.9
 
 
 def test_print_config_shows_digits_settings(run_script):
@@ -441,6 +480,7 @@ def test_what_is_no_transnet_is_refused(what, networks, trained, tmp_path):
     [
         (2, ("--alpha", 0.1, 0.2, 0.3), ["--alpha has 3 values", "2 gates"]),
         (2, ("--layers", 0), ["--layers"]),
+        (2, ("--layers", 1, "--alpha", 0.1, 0.2), ["--layers 1 has no gates", "drop --alpha"]),
         (2, ("--layer", "layr2"), ["unknown layer 'layr2'", "layer2"]),
         (2, ("--layer-b", "layer3"), ["layer2.0.act2:in", "32x16x16", "layer3", "64x8x8"]),
         (2, ("--pair", "twins"), ["--pair"]),

@@ -18,6 +18,7 @@ A and B may be of different architectures as long as the features have one shape
 augmentation, so features are computed once and kept on disk (--features). Without checkpoints, on
 digits, A and B are trained as --pair says, unless that was done before. Everything lands in one run
 folder under --output; with several networks B, in a folder pair-0, pair-1, ... of it for each.
+It goes on with --resume RUN or --resume auto; with more networks B, too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from kdfast.training.script import script
 from kdfast.training.seeds import for_each_seed
 from kdfast.training.setup import load_data, print_config, start
 from kdfast.training.transnet import TransNetKeeper, gate_weights
-from kdfast.training.transnet_runs import run_name, train_pairs, transnet_parser
+from kdfast.training.transnet_pairs import train_pairs
+from kdfast.training.transnet_runs import run_name, transnet_parser
 
 
 @script

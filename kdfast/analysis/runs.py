@@ -24,7 +24,11 @@ from kdfast.errors import UserError
 _INNER = {"checkpoints", "tensorboard", "weights", "profile", "first-stage"}
 
 # Runs that train no classifier, by the `kind` in their options, and what they hold.
-_NO_NETWORK = {"linear": "heads of a frozen teacher", "transnet": "a Trans-Net of two networks"}
+_NO_NETWORK = {
+    "linear": "heads of a frozen teacher",
+    "transnet": "a Trans-Net of two networks",
+    "tail": "a tail fine-tuned on orders of a feature",
+}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import argparse
 
 from kdfast.errors import UsageError
 from kdfast.training.parser import Parser
-from kdfast.training.values import amount, assignment, positive
+from kdfast.training.values import amount, assignment, orders, positive
 
 PAIRS = ("seeds", "halves", "weak", "pruned", "generations", "same")
 
@@ -141,6 +141,7 @@ def tail_flags(parser: Parser) -> None:
     flag(
         group,
         "--orders",
+        type=orders,
         nargs="+",
         metavar="MASK",
         help="the orders of each sub-run, one digit each, 1 to keep it, order 0, the linear one, "

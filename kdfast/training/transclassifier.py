@@ -123,7 +123,7 @@ def choose_orders(given: Sequence[str] | None, layers: int) -> list[str]:
         return ["1" * n + "0" * (layers - n) for n in range(1, layers + 1)]
     for mask in given:
         try:
-            check_mask([int(digit) if digit in "01" else digit for digit in mask], layers)
+            check_mask([int(digit) for digit in mask], layers)
         except UsageError as error:
             raise UsageError(f"--orders: {error}") from None
     return list(given)
@@ -215,7 +215,7 @@ def _train(run: Spliced, part: Part) -> dict[str, Any]:
     """The results of one sub-run: trained, or read where it is finished."""
     accelerator, data, b = run.accelerator, run.data, run.opened.b
     own = _options_of(run, part)
-    arguments = arguments_of(own, accelerator, data, **run.recorded)
+    arguments = arguments_of(own, accelerator, data, kind="tail", **run.recorded)
     begun, done = on_main(accelerator, lambda: (part.path.exists(), part.results.exists()))
     with part.claimed(accelerator, arguments, resume=begun):
         if done:
@@ -285,15 +285,18 @@ def _examined(run: Spliced, part: Part, results: dict[str, Any]) -> dict[str, An
 
     Written into its results.json as `tested`.
     """
-    last = part.weights("last")
-    found = on_main(run.accelerator, lambda: checksum(read_weights(last)[0]))
+    files = {"checksum": part.weights("last"), "best_checksum": part.weights("best")}
+    found = on_main(
+        run.accelerator, lambda: {key: checksum(read_weights(f)[0]) for key, f in files.items()}
+    )
     known = results.get("tested")
-    if known is not None and known["checksum"] != found:
-        raise UserError(f"{last} is not what the sub-run ended with; put it back as it was")
+    for key, file in files.items():
+        if known is not None and known[key] != found[key]:
+            raise UserError(f"{file} is not what the sub-run ended with; put it back as it was")
     if known is None:
         tails = [_tail_of(run, part.weights(kind)) for kind in ("last", "best")]
         scores = run.examiner.score(tails, part.mask)
-        known = {"split": run.examiner.split, "checksum": found}
+        known = {"split": run.examiner.split} | found
         known["before"] = run.before[part.subset]
         for kind, own in zip(("last", "best"), scores, strict=True):
             known[kind] = {"epoch": results[kind]["epoch"]} | own

@@ -158,6 +158,8 @@ def gate_weights(options: argparse.Namespace) -> list[float]:
     """
     gates = options.layers - 1
     if len(options.alpha) not in (1, gates):
+        if not gates:
+            raise UsageError("--layers 1 has no gates for --alpha to weigh; drop --alpha")
         raise UsageError(
             f"--alpha has {len(options.alpha)} values, but --layers {options.layers} has {gates} "
             f"gates; give one value, or {gates}"

@@ -72,37 +72,6 @@ def _short_name(path: Path) -> str:
     return path.parent.name if path.stem in ("best", "last") else path.stem
 
 
-def train_pairs(
-    options: argparse.Namespace, accelerator: Accelerator, data: ImageData, run: RunFolder
-) -> dict[str, Any]:
-    """Train a Trans-Net for each pair of networks that the options stand for.
-
-    One pair's goes into `run`, those of several into folders pair-0 and so on below it; the results
-    of several have theirs in `pairs`, and in `last` and `best` means over them.
-    """
-    pairs = pair_checkpoints(options, accelerator, data)
-    if len(pairs) == 1:
-        resume = options.resume is not None
-        return train_pair(options, accelerator, data, *pairs[0], run, resume=resume)
-    results = []
-    for number, (a, b) in enumerate(pairs):
-        part = RunFolder(run.path / f"pair-{number}")
-        begun = on_main(accelerator, part.path.exists)
-        results.append(train_pair(options, accelerator, data, a, b, part, resume=begun))
-    return {
-        "run": str(run.path),
-        "seed": options.seed,
-        "processes": accelerator.num_processes,
-        **{kind: _means([result[kind] for result in results]) for kind in ("last", "best")},
-        "pairs": results,
-    }
-
-
-def _means(scores: list[dict[str, float]]) -> dict[str, float]:
-    names = [name for name in scores[0] if name != "epoch"]
-    return {name: sum(one[name] for one in scores) / len(scores) for name in names}
-
-
 def train_pair(
     options: argparse.Namespace,
     accelerator: Accelerator,

@@ -57,6 +57,15 @@ def number(text: str) -> float:
     return value
 
 
+def orders(text: str) -> str:
+    """A mask of orders such as `110`: a digit each, 1 to keep it, at least one kept."""
+    if not text or set(text) - {"0", "1"}:
+        raise argparse.ArgumentTypeError(f"a mask has a digit 0 or 1 for each order, got '{text}'")
+    if "1" not in text:
+        raise argparse.ArgumentTypeError(f"{text} keeps no order; at least one digit must be 1")
+    return text
+
+
 def assignment(text: str) -> tuple[str, object]:
     """`key=value`, the value read as YAML (so `7`, `0.5`, `true`, `xavier` do what they say)."""
     key, equals, value = text.partition("=")
