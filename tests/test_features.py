@@ -24,6 +24,7 @@ from kdfast.errors import UsageError, UserError
 from kdfast.models import checksum, shapes_of
 from kdfast.training import feature_build, feature_cache
 from kdfast.training.feature_cache import FeatureCache, channel_scale, decode, encode
+from kdfast.training.feature_dump import Dump
 from kdfast.training.features import Features, derangement
 from kdfast.training.setup import Inputs, evaluation_transform, train_plan
 from kdfast.training.tapped import Tapped
@@ -553,6 +554,34 @@ def test_an_old_dump(tmp_path, dump):
     assert len(caches(tmp_path)) == len(names) + 2, "not taken for a cache of the images"
     (dump / "000003.pt").write_bytes(b"")
     stale(dumped(tmp_path, dump), "other images or labels")
+
+
+@pytest.mark.parametrize("written", ["with checksums", "without", "no archive"])
+def test_a_dump_is_known_by_its_contents(tmp_path, dump, written):
+    path = dump / "000002.pt"
+    record = torch.load(path, weights_only=True)
+
+    def write() -> tuple[str, int]:
+        torch.serialization.set_crc32_options(written != "without")
+        try:
+            torch.save(record, path, _use_new_zipfile_serialization=written != "no archive")
+        finally:
+            torch.serialization.set_crc32_options(True)
+        return Dump(dump, [(5, 8, 8)] * 2).fingerprint(), path.stat().st_size
+
+    before, size = write()
+    assert write() == (before, size)
+    record["convOut2"][0, 0, 0] += 1
+    after, now = write()
+    assert now == size and after != before
+
+
+def test_a_map_has_no_axes_behind_it(tmp_path, dump):
+    path = dump / "000000.pt"
+    record = torch.load(path, weights_only=True)
+    torch.save(record | {"convOut1": record["convOut1"][..., None, None]}, path)
+    with pytest.raises(UserError, match=r"convOut1 is \[5, 8, 8, 1, 1\]"):
+        Dump(dump, [(5, 8, 8)] * 2).read(0)
 
 
 def test_dumps_that_are_refused(tmp_path, dump):
