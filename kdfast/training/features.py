@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ class Features:
                 fingerprint = data_fingerprint(source, in_memory=self.data.in_memory)
             return [self._record(net, split, len(source), fingerprint) for net in self.nets]
 
-        records = on_main(self.accelerator, record_all)
+        records = on_main(self.accelerator, record_all, patient=True)
         folder = Path(self.options.feature_dir or Path(self.options.output) / "features")
         paths = [folder / folder_name(record) for record in records]
         targets = {
@@ -154,7 +155,8 @@ class Features:
         due = on_main(self.accelerator, lambda: [p for p in targets if not p.exists()])
         if due and isinstance(source, Dump):
             made = [Target(*of) for of in zip(self.nets, paths, records, strict=True)]
-            on_main(self.accelerator, lambda: import_dump(source, made, self.options, self.data))
+            action = partial(import_dump, source, made, self.options, self.data)
+            on_main(self.accelerator, action, patient=True)
         elif due:
             made = [targets[path] for path in due]
             build(made, self.options, self.accelerator, self.data, source)
