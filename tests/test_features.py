@@ -205,6 +205,18 @@ def test_a_live_batch_is_the_network_itself(tmp_path):
     assert indices.tolist() == list(range(HELD_OUT)) and not (tmp_path / "features").exists()
 
 
+@pytest.mark.parametrize("kind", ["cache", "live"])
+def test_a_sample_is_evenly_spaced_and_of_the_first_network(tmp_path, monkeypatch, kind):
+    feats = features(tmp_path, features=kind)
+    whole = collect(feats)[0][0]
+    loader = feats.loader("train", shuffle=True)
+    monkeypatch.setattr(feats, "nets", feats.nets[:1])
+    found = torch.cat(list(feats.sample(loader, 20)))
+    assert torch.allclose(found, whole[[i * IMAGES // 20 for i in range(20)]], atol=1e-4)
+    assert len(torch.cat(list(feats.sample(loader, 1000)))) == IMAGES
+    loader.close()
+
+
 def test_networks_run_without_tf32(tmp_path):
     net, seen = tapped(), []
     net.network.conv.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))

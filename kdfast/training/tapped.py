@@ -77,9 +77,9 @@ class Tapped:
         """The layer's feature [N, *shape] of uint8 images [N, 3, H, W] as a loader gives them.
 
         float32, without TF32, on the network's device whatever precision training runs in; with
-        `logits` also those, [N, classes]. Images are normalised, and resized (bilinear, antialiased) where they
-        are not of the network's size. Without `logits` nothing behind the layer runs where the
-        network can be cut there (`split_at`).
+        `logits` also those, [N, classes]. Images are normalised, and resized (bilinear,
+        antialiased) where they are not of the network's size. Without `logits` nothing behind the
+        layer runs where the network can be cut there (`split_at`).
         """
         mean, std = self._figures
         # Alike in whoever asks: a cache's maker, training and reports.
