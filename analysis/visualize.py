@@ -45,11 +45,11 @@ from kdfast.training.finished_transnets import (
     refuse_flags_of_training,
 )
 from kdfast.training.journal import say
-from kdfast.training.measure import exact_convolutions
 from kdfast.training.options import parse
 from kdfast.training.run_folder import on_main
 from kdfast.training.script import script
 from kdfast.training.setup import start
+from kdfast.training.tapped import exact_convolutions
 from kdfast.training.values import natural
 
 

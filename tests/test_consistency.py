@@ -277,6 +277,12 @@ def test_misuse_of_a_report_is_refused():
     with pytest.raises(ValueError, match="came after"):
         report.update(torch.zeros(2, 1, 3), torch.zeros(1, 3))
     assert math.isnan(report.compute()["relative"]["residual"])
-    report.update(torch.full((2, 1, 2), math.inf), torch.zeros(1, 2))
-    with pytest.raises(UserError, match="not finite"):
+    orders = torch.zeros(2, 1, 2)
+    orders[1] = math.inf
+    report.update(orders, torch.zeros(1, 2))
+    with pytest.raises(UserError, match=r"^order1 .* not finite .*--lr.*layer of A"):
+        report.compute()
+    report = VarianceReport(2)
+    report.update(torch.zeros(2, 1, 2), torch.full((1, 2), math.nan))
+    with pytest.raises(UserError, match=r"^the target, B's feature, is not finite .*layer of B"):
         report.compute()

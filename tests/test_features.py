@@ -24,6 +24,7 @@ from kdfast.errors import UsageError, UserError
 from kdfast.models import checksum, shapes_of
 from kdfast.training import feature_build, feature_cache
 from kdfast.training.feature_cache import FeatureCache, channel_scale, decode, encode
+from kdfast.training.feature_dump import Dump
 from kdfast.training.features import Features, derangement
 from kdfast.training.setup import Inputs, evaluation_transform, train_plan
 from kdfast.training.tapped import Tapped
@@ -204,6 +205,26 @@ def test_a_live_batch_is_the_network_itself(tmp_path):
     assert indices.tolist() == list(range(HELD_OUT)) and not (tmp_path / "features").exists()
 
 
+@pytest.mark.parametrize("kind", ["cache", "live"])
+def test_a_sample_is_evenly_spaced_and_of_the_first_network(tmp_path, monkeypatch, kind):
+    feats = features(tmp_path, features=kind)
+    whole = collect(feats)[0][0]
+    loader = feats.loader("train", shuffle=True)
+    monkeypatch.setattr(feats, "nets", feats.nets[:1])
+    found = torch.cat(list(feats.sample(loader, 20)))
+    assert torch.allclose(found, whole[[i * IMAGES // 20 for i in range(20)]], atol=1e-4)
+    assert len(torch.cat(list(feats.sample(loader, 1000)))) == IMAGES
+    loader.close()
+
+
+def test_networks_run_without_tf32(tmp_path):
+    net, seen = tapped(), []
+    net.network.conv.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    before = torch.backends.cudnn.allow_tf32
+    net.features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert seen == [False] and torch.backends.cudnn.allow_tf32 == before
+
+
 def test_networks_of_other_sizes(tmp_path):
     """Each gets the images of its own size, from a cache as live."""
     nets = (tapped("a", 0), tapped("b", 0, size=24))
@@ -286,6 +307,9 @@ def test_a_disk_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write a feature cache.*--feature-dir"):
         features(tmp_path, feature_dir=str(tmp_path / "file")).loader("train")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"cannot write a feature cache.*--feature-dir"):
+        features(tmp_path, feature_dir=str(tmp_path / "link")).loader("train")
 
 
 # What is refused
@@ -313,6 +337,15 @@ def test_other_images_are_refused(tmp_path, image_folder):
     data = noise()
     data.eval.images[HELD_OUT - 1, 0, 0] += 1
     stale(features(tmp_path, net, data=data), "other images or labels", split="val")
+
+
+@pytest.mark.parametrize("name", ["{}", "{} box 1,2,30.5,40"])
+def test_sizes_of_files_in_a_folder_whose_name_says_box(tmp_path, name):
+    path = tmp_path / "bird box crops/a box 7.png"
+    path.parent.mkdir()
+    path.write_bytes(b"12345")
+    assert feature_build._size_of(name.format(path)) == 5
+    assert feature_build._size_of(name.format("cifar10 image 3")) is None
 
 
 def test_other_weights_are_refused(tmp_path):
@@ -555,6 +588,34 @@ def test_an_old_dump(tmp_path, dump):
     stale(dumped(tmp_path, dump), "other images or labels")
 
 
+@pytest.mark.parametrize("written", ["with checksums", "without", "no archive"])
+def test_a_dump_is_known_by_its_contents(tmp_path, dump, written):
+    path = dump / "000002.pt"
+    record = torch.load(path, weights_only=True)
+
+    def write() -> tuple[str, int]:
+        torch.serialization.set_crc32_options(written != "without")
+        try:
+            torch.save(record, path, _use_new_zipfile_serialization=written != "no archive")
+        finally:
+            torch.serialization.set_crc32_options(True)
+        return Dump(dump, [(5, 8, 8)] * 2).fingerprint(), path.stat().st_size
+
+    before, size = write()
+    assert write() == (before, size)
+    record["convOut2"][0, 0, 0] += 1
+    after, now = write()
+    assert now == size and after != before
+
+
+def test_a_map_has_no_axes_behind_it(tmp_path, dump):
+    path = dump / "000000.pt"
+    record = torch.load(path, weights_only=True)
+    torch.save(record | {"convOut1": record["convOut1"][..., None, None]}, path)
+    with pytest.raises(UserError, match=r"convOut1 is \[5, 8, 8, 1, 1\]"):
+        Dump(dump, [(5, 8, 8)] * 2).read(0)
+
+
 def test_dumps_that_are_refused(tmp_path, dump):
     def refuse(words: str, *nets: Tapped, folder: Path = dump) -> None:
         with pytest.raises(UserError, match=words):
@@ -653,15 +714,67 @@ def test_a_cache_being_made_is_held_to_the_end(tmp_path, monkeypatch):
     assert len(tried) == 2 and all("BlockingIOError" in said for said in tried)
 
 
+@pytest.mark.parametrize("lost_at", ["mkdir", "open"])
+def test_a_folder_that_is_renamed_meanwhile(tmp_path, monkeypatch, lost_at):
+    """By another command that completes it between two looks at it."""
+    features(tmp_path).loader("val")
+    path = caches(tmp_path)[0]
+    target = feature_build.Target(None, path, {"images": 1, "shape": [1]})
+    path.rename(target.partial)
+    method = getattr(Path, lost_at)
+
+    def late(self, *args, **kwargs):
+        if target.partial in (self, self.parent) and not path.exists():
+            target.partial.rename(path)
+            if lost_at == "mkdir":
+                raise FileExistsError(17, "File exists")
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, lost_at, late)
+    assert target.begin() is False and path.exists()
+
+
+SLOW = """
+import time
+from datetime import timedelta
+from accelerate import Accelerator, InitProcessGroupKwargs
+from kdfast.errors import UserError
+from kdfast.training.run_folder import on_main
+
+waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=2))
+accelerator = Accelerator(cpu=True, kwargs_handlers=[waiting])
+
+def fail():
+    time.sleep(4)
+    raise UserError("slow")
+
+print(on_main(accelerator, lambda: time.sleep(4) or "done", patient=True))
+try:
+    on_main(accelerator, fail, patient=True)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_the_others_wait_longer_than_a_collective_does(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    torchrun = Path(sys.executable).parent / "torchrun"
+    command = [torchrun, "--nproc_per_node", "2", tmp_path / "slow.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.split()) == ["done", "done", "slow", "slow"]
+
+
 def test_two_processes_make_one_cache(tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     two.mkdir()
     torchrun = Path(sys.executable).parent / "torchrun"
     done = run_build(two, torchrun, "--nproc_per_node", 2)
     assert done.returncode == 0, done.stderr[-3000:]
-    # 5 batches of a process, of two networks; 70 images, 35 of each process.
+    # 5 batches of a process, of two networks, rows and columns; 70 images, 35 of each process.
     said = [line for line in done.stdout.splitlines() if "features of" not in line]
-    assert said == ["2 10 35", "2 10 35"]
+    assert said == ["2 20 35", "2 20 35"]
     collect(features(one))
     assert [path.name for path in caches(two)] == [path.name for path in caches(one)]
     for theirs, ours in zip(caches(two), caches(one), strict=True):

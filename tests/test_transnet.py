@@ -370,10 +370,13 @@ def test_constant_channels_are_counted(run_script, networks, tmp_path):
     model.load_state_dict(state)
     save_weights(weights, model, record)
     flags = ("--checkpoint-a", weights, *networks[2:4], "--layer", "layer2.0.bn2", *TINY)
+    flags += ("--output", tmp_path, "--experiment", "run", "--resume", "auto")
     code, out, err = run_script(SCRIPT, *flags)
     assert code == 0, err
     warned = [line for line in out.splitlines() if line.startswith("warning: ")]
-    assert len(warned) == 1 and "2 of 32 channels" in warned[0] and "64 images" in warned[0]
+    assert len(warned) == 1 and "2 of 32 channels" in warned[0] and "of 64 images" in warned[0]
+    code, out, err = run_script(SCRIPT, *flags)
+    assert code == 0 and "warning: " not in out, "said again when resumed"
 
 
 def test_saturated_gates_are_counted(capsys):

@@ -124,6 +124,30 @@ class VarianceReport:
         )
         self.images = after
 
+    def _require_finite(self, sums: Tensor) -> None:
+        """Raise `UserError` with the quantities that are not finite, and what may help."""
+        split = len(self.names)
+        finite = sums.isfinite().all(1)
+        finite = finite[:split] & finite[split : 2 * split]
+        bad = [name for name, good in zip(self.names, finite.tolist(), strict=True) if not good]
+        orders = ", ".join(name for name in bad if name.startswith("order"))
+        if "target" in bad:
+            raise UserError(
+                "the target, B's feature, is not finite (NaN or infinity) or too large; check B's "
+                "weights, or choose another layer of B"
+            )
+        if orders:
+            raise UserError(
+                f"{orders} of the Trans-Net: not finite (NaN or infinity) or too large; its "
+                "training diverged, then lower --lr; or constant channels of A, whose scale is "
+                "1e-5, blow up, then choose another layer of A"
+            )
+        if not sums.isfinite().all():
+            raise UserError(
+                "the sum of the Trans-Net's orders is not finite (NaN or infinity) or too large: "
+                "its training diverged; lower --lr"
+            )
+
     def compute(self) -> dict[str, Any]:
         """The report, plain numbers.
 
@@ -139,12 +163,8 @@ class VarianceReport:
         if self.sums is None:
             raise UserError("no image to compute variances of; choose another split")
         values = self.sums.cpu()
-        if not values.isfinite().all():
-            raise UserError(
-                "a feature is not finite (NaN or infinity): constant channels of A, whose scale is "
-                "1e-5, blow up; choose another layer"
-            )
         split = len(self.names)
+        self._require_finite(values)
         means = dict(zip(self.names, values[:split], strict=True))
         products = values[split:] / (self.images * self.positions)
         moments = dict(zip(self.pairs, products, strict=True))

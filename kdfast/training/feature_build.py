@@ -65,11 +65,11 @@ def data_fingerprint(source: Source, *, in_memory: bool) -> str:
 
 
 def _size_of(name: str) -> int | None:
-    """Bytes of the file that `name` starts with, before a box in it; None where it is none."""
-    try:
-        return os.stat(name.partition(" box ")[0]).st_size
-    except (OSError, ValueError):
-        return None
+    """Bytes of the file that `name` is, or starts with before a box in it; None where none is."""
+    for path in (name, name.rpartition(" box ")[0]):
+        with suppress(OSError, ValueError):
+            return os.stat(path).st_size
+    return None
 
 
 @dataclass
@@ -82,7 +82,8 @@ class Target:
     scale: torch.Tensor | None = None
     lock: IO | None = None
     file: IO | None = None
-    columns: np.memmap | None = None
+    columns: IO | None = None
+    columns_start: int = 0  # where in their file the rows begin
 
     @property
     def partial(self) -> Path:
@@ -94,8 +95,15 @@ class Target:
         While another command makes it, this waits. A folder that a killed one left is emptied.
         """
         while not self.path.exists():
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.partial / ".lock").open("a")
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.partial.mkdir(exist_ok=True)
+                self.lock = (self.partial / ".lock").open("a")
+            except (FileNotFoundError, FileExistsError):
+                # Renamed or removed by the command that has just made it.
+                if os.path.lexists(self.partial) and not self.partial.is_dir():
+                    raise
+                continue
             _lock(self.lock, self.path)
             with suppress(FileNotFoundError):
                 # Not so where the other one has removed the folder, or given it its name.
@@ -114,7 +122,10 @@ class Target:
     def open(self) -> None:
         """Open the files of the folder for this process's rows."""
         self.file = (self.partial / "data.bin").open("r+b", buffering=0)
-        self.columns = np.lib.format.open_memmap(self.partial / "columns.npy", "r+")
+        self.columns = (self.partial / "columns.npy").open("r+b", buffering=0)
+        np.lib.format.read_magic(self.columns)
+        np.lib.format.read_array_header_1_0(self.columns)
+        self.columns_start = self.columns.tell()
 
     def write(self, batch: Batch, first: int) -> None:
         """Write the rows of `batch`, whose images follow each other from dataset index `first`."""
@@ -145,16 +156,18 @@ class Target:
             )
         rows = as_integers(stored.cpu().contiguous())
         _write_at(self.file.fileno(), memoryview(rows).cast("B"), first * rows.strides[0])
-        part = self.columns[first : first + len(rows)]
+        part = np.zeros(len(rows), COLUMNS)
         part["label"], part["top1"], part["top3"] = labels, flags[:, 0], flags[:, 1]
         part["crc32"] = row_checksums(rows)
+        # By bytes, as the rows are: mapped pages that two nodes share would overwrite each other.
+        start = self.columns_start + first * COLUMNS.itemsize
+        _write_at(self.columns.fileno(), memoryview(part.tobytes()), start)
 
     def end(self) -> None:
         """Have the disk hold what this process has written."""
-        os.fsync(self.file.fileno())
-        self.columns.flush()
-        self.columns = None
-        self.file.close()
+        for file in (self.file, self.columns):
+            os.fsync(file.fileno())
+            file.close()
 
     def complete(self) -> None:
         """Give the folder, whose rows are all written, its name."""
@@ -227,13 +240,13 @@ def build(
     """
     begun: list[Target] = []
     try:
-        wanted = on_main(accelerator, lambda: begin_all(targets, begun))
+        wanted = on_main(accelerator, lambda: begin_all(targets, begun), patient=True)
         targets = [target for target in targets if wanted[target.path]]
         for size in dict.fromkeys(target.net.inputs.size for target in targets):
             group = [target for target in targets if target.net.inputs.size == size]
             _fill(group, size, options, accelerator, data, source)
         accelerator.wait_for_everyone()
-        on_main(accelerator, lambda: _complete(targets))
+        on_main(accelerator, lambda: _complete(targets), patient=True)
     finally:
         for target in begun:
             target.discard()

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import pickle
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,10 +67,10 @@ class Dump:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over names and sizes of the files."""
+        """SHA-256 (hex) over names, sizes and contents of the files."""
         digest = hashlib.sha256()
         for path in self.files:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            digest.update(f"{path.name} {path.stat().st_size} {_contents(path)}\n".encode())
         return digest.hexdigest()
 
     def read(self, index: int) -> Record:
@@ -88,13 +89,31 @@ class Dump:
                 f"{path} is no record of a feature dump, with {', '.join(_KEYS)} ({line})"
             ) from None
         for feature, shape, key in zip(features, self.shapes, _KEYS[3:], strict=True):
-            if tuple(feature.shape) not in (shape, (*shape, 1, 1)):
+            pooled = (*shape, 1, 1) if len(shape) == 1 else shape
+            if tuple(feature.shape) not in (shape, pooled):
                 raise UserError(
                     f"{path}: {key} is {list(feature.shape)}, and the layer gives {list(shape)}; "
                     "choose the dumped layer with --layer"
                 )
         a, b = (f.float().view(s) for f, s in zip(features, self.shapes, strict=True))
         return Record(int(label), flags, (a, b))
+
+
+def _contents(path: Path) -> str:
+    """What the file at `path` holds: the checksums of a zip archive's members, or its SHA-256.
+
+    Torch files are such archives; their directory has a CRC-32 of each member, unless whoever wrote
+    them turned that off, which leaves zeros.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [(m.filename, m.file_size, m.CRC) for m in archive.infolist()]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        members = []
+    if members and all(crc for _, size, crc in members if size):
+        return repr(members)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def import_dump(

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from kdfast.data import Batch, BatchPlan, ImageData, Loader, Portion, Source
+from kdfast.data.sources import Subset
 from kdfast.errors import UsageError, UserError
 from kdfast.seeding import derive_seed
 from kdfast.training.feature_build import Target, build, data_fingerprint, first_images
@@ -109,6 +111,30 @@ class Features:
             features.append(found[key])
         return tuple(features)
 
+    def sample(self, loader: CachedLoader | LiveLoader, count: int) -> Iterator[torch.Tensor]:
+        """float32 features [N, *shape] of the first network alone, on the device, batch by batch.
+
+        Of this process's share of `count` training images, evenly spaced over the split; `loader`
+        is one of that split.
+        """
+        size, batch = loader.plan.size, loader.plan.batch_size
+        count = min(count, size)
+        chosen = [i * size // count for i in range(count)]
+        share = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
+        if isinstance(loader, CachedLoader):
+            for start in range(0, len(share), batch):
+                yield loader.first(share[start : start + batch]).features(self.accelerator.device)
+        elif share:
+            transform = evaluation_transform(self.options, self.data, self.nets[0].inputs.size)
+            settings = loader_settings(self.options, self.data, self.accelerator)
+            part = Subset(self._source("train")[1], share)
+            images = Loader(part, transform, BatchPlan(len(share), batch), **settings)
+            try:
+                for one in images.epoch(0):
+                    yield self.nets[0].features(one.images)
+            finally:
+                images.close()
+
     def _arranged(self, features: torch.Tensor) -> torch.Tensor:
         maps = self.options.channels_last and features.dim() == 4
         return features.contiguous(
@@ -144,7 +170,7 @@ class Features:
                 fingerprint = data_fingerprint(source, in_memory=self.data.in_memory)
             return [self._record(net, split, len(source), fingerprint) for net in self.nets]
 
-        records = on_main(self.accelerator, record_all)
+        records = on_main(self.accelerator, record_all, patient=True)
         folder = Path(self.options.feature_dir or Path(self.options.output) / "features")
         paths = [folder / folder_name(record) for record in records]
         targets = {
@@ -154,7 +180,8 @@ class Features:
         due = on_main(self.accelerator, lambda: [p for p in targets if not p.exists()])
         if due and isinstance(source, Dump):
             made = [Target(*of) for of in zip(self.nets, paths, records, strict=True)]
-            on_main(self.accelerator, lambda: import_dump(source, made, self.options, self.data))
+            action = partial(import_dump, source, made, self.options, self.data)
+            on_main(self.accelerator, action, patient=True)
         elif due:
             made = [targets[path] for path in due]
             build(made, self.options, self.accelerator, self.data, source)
@@ -288,6 +315,11 @@ class CachedLoader:
         finally:
             for future in coming:
                 future.cancel()
+
+    def first(self, indices: Sequence[int]) -> Rows:
+        """What a batch of images `indices` has for the first network."""
+        cache = self.caches[0]
+        return Rows(cache.rows(indices), self._scales[cache.path])
 
     def close(self) -> None:
         """End the thread; the next epoch would start a new one."""

@@ -12,6 +12,7 @@ from kdfast.metrics import VarianceReport
 from kdfast.models import TransNet
 from kdfast.ops.reference.transnet import SCALE_EPS
 from kdfast.training.features import CachedLoader, Features, LiveLoader
+from kdfast.training.tapped import exact_convolutions
 
 
 @torch.no_grad()
@@ -42,14 +43,6 @@ def measure(
     report.reduce(accelerator)
     found = int((accelerator.reduce(blown, "sum") > 0).sum())
     return report.compute() | {"blown_channels": found}
-
-
-def exact_convolutions():
-    """A context in which convolutions on a GPU do not round float32 to TF32."""
-    backend = torch.backends.cudnn
-    return backend.flags(
-        enabled=backend.enabled, deterministic=backend.deterministic, allow_tf32=False
-    )
 
 
 def _blown_up(maps: torch.Tensor) -> torch.Tensor:

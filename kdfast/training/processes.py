@@ -24,9 +24,11 @@ _SILENT_SECONDS = 20.0
 # How long a process that knows of a failure may take to end by itself.
 _GRACE_SECONDS = 5.0
 _BEAT_SECONDS = 1.0
+_LOOK_SECONDS = 0.1
 _FAILURE = "kdfast/failure"
 
 _watch: Watch | None = None
+_waits = 0
 
 
 class Watch:
@@ -100,6 +102,22 @@ class Watch:
 
 class Terminated(Stopped):
     """SIGTERM where nothing waits for it: a launcher sends it when another process has failed."""
+
+
+def wait_for_main() -> None:
+    """Return when the main process is here too, however long that takes.
+
+    All processes have to call this. A collective operation would give up after its timeout, which
+    is to stay short: it also finds processes that beat, but do not come.
+    """
+    global _waits
+    _waits += 1
+    store = distributed.distributed_c10d._get_default_store()
+    key = f"kdfast/main/{_waits}"
+    if distributed.get_rank() == 0:
+        store.set(key, "")
+    while not store.check([key]):
+        time.sleep(_LOOK_SECONDS)
 
 
 def start(name: str) -> None:

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 import kdfast
 from kdfast import about
 from kdfast.errors import Stopped, UsageError, UserError
-from kdfast.training import journal
+from kdfast.training import journal, processes
 from kdfast.training.layout import FREE, LAYOUT
 
 T = TypeVar("T")
@@ -32,8 +32,12 @@ _TELLING = (
 )  # fmt: skip
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Run `action` on the main process; every process gets its result or raises its error."""
+def on_main(accelerator: Accelerator, action: Callable[[], T], *, patient: bool = False) -> T:
+    """Run `action` on the main process; every process gets its result or raises its error.
+
+    Where it may take longer than a collective operation waits, `patient` has the others wait
+    without one.
+    """
     box: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -45,6 +49,8 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
         except OSError as error:
             box[1] = UserError(f"{error.filename or 'file'}: {error.strerror or error}")
     if accelerator.num_processes > 1:
+        if patient:
+            processes.wait_for_main()
         broadcast_object_list(box)
     if box[1] is not None:
         raise box[1]

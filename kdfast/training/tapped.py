@@ -29,6 +29,17 @@ from kdfast.training.setup import Inputs, weights_path
 from kdfast.training.trained import load_trained
 
 
+def exact_convolutions():
+    """A context in which convolutions on a GPU do not round float32 to TF32."""
+    backend = torch.backends.cudnn
+    return backend.flags(
+        enabled=backend.enabled,
+        benchmark=backend.benchmark,
+        deterministic=backend.deterministic,
+        allow_tf32=False,
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Tapped:
     """`network`, frozen and in evaluation mode on its device, watched at `layer` (as for `Taps`).
@@ -65,13 +76,14 @@ class Tapped:
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The layer's feature [N, *shape] of uint8 images [N, 3, H, W] as a loader gives them.
 
-        float32 on the network's device whatever precision training runs in; with `logits` also
-        those, [N, classes]. Images are normalised, and resized (bilinear, antialiased) where they
-        are not of the network's size. Without `logits` nothing behind the layer runs where the
-        network can be cut there (`split_at`).
+        float32, without TF32, on the network's device whatever precision training runs in; with
+        `logits` also those, [N, classes]. Images are normalised, and resized (bilinear,
+        antialiased) where they are not of the network's size. Without `logits` nothing behind the
+        layer runs where the network can be cut there (`split_at`).
         """
         mean, std = self._figures
-        with torch.autocast(mean.device.type, enabled=False):
+        # Alike in whoever asks: a cache's maker, training and reports.
+        with torch.autocast(mean.device.type, enabled=False), exact_convolutions():
             x = self._resize(to_float(images.to(mean.device, non_blocking=True), mean, std))
             if self._parts is None:
                 answer, (feature,) = self._taps(x)

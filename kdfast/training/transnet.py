@@ -22,7 +22,7 @@ from kdfast.metrics import VarianceReport
 from kdfast.models import TransNet, architecture, parameter_count, save_weights
 from kdfast.ops.reference.transnet import SCALE_EPS
 from kdfast.seeding import derive_seed, local_randomness
-from kdfast.training.features import Features
+from kdfast.training.features import CachedLoader, Features, LiveLoader
 from kdfast.training.journal import say
 from kdfast.training.loop import Trainer
 from kdfast.training.objective import Trained
@@ -197,6 +197,7 @@ def train_transnet(
     require_same_shape(a, b)
     alpha = gate_weights(options)
     arguments = describe_pair(options, accelerator, data, a, b)
+    begun = on_main(accelerator, lambda: run.arguments.is_file())
     with run.claimed(accelerator, arguments, resume=resume):
         net = build_transnet(options, a.shape)
         known = {
@@ -213,7 +214,8 @@ def train_transnet(
             "seed": options.seed,
         }
         train = features.loader("train", shuffle=True)
-        warn_of_constants(features, accelerator, a)
+        if not begun:  # else it was said then
+            warn_of_constants(features, train, accelerator, a)
         objective = TransNetObjective(net, alpha)
         trainer = Trainer(
             accelerator,
@@ -271,30 +273,27 @@ def count_of(net: TransNet, shape: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def warn_of_constants(features: Features, accelerator: Accelerator, a: Tapped) -> None:
-    """Say how many channels of A are constant, but not zero, in some of the first images."""
+def warn_of_constants(
+    features: Features, train: CachedLoader | LiveLoader, accelerator: Accelerator, a: Tapped
+) -> None:
+    """Say how many channels of A are constant, but not zero, in some images.
+
+    Of training images evenly spaced, since those of a class may follow each other.
+    """
     if prod(a.shape[1:]) == 1:
         return
     found = torch.zeros(a.shape[0] + 1, device=accelerator.device)  # the last counts images
-    loader = features.loader("train")
-    seen, batches = 0, loader.epoch(0)
-    for batch in batches:
-        if batch.portion.count:
-            feature = features.prepare(batch.images)[0].flatten(2)
-            flat = (feature.std(2) < SCALE_EPS) & (feature.mean(2).abs() > 100 * SCALE_EPS)
-            found[:-1] += flat.sum(0)
-            found[-1] += len(flat)
-        seen += loader.plan.batch_size * accelerator.num_processes
-        if seen >= _LOOKED_AT:
-            break
-    batches.close()
-    loader.close()
+    for feature in features.sample(train, _LOOKED_AT):
+        maps = feature.flatten(2)
+        flat = (maps.std(2) < SCALE_EPS) & (maps.mean(2).abs() > 100 * SCALE_EPS)
+        found[:-1] += flat.sum(0)
+        found[-1] += len(flat)
     *channels, images = accelerator.reduce(found, "sum").tolist()
     constant = sum(count > 0 for count in channels)
     if constant:
         say(
             f"warning: {constant} of {len(channels)} channels of A's layer {a.layer} are constant, "
-            f"and not zero, in up to {max(channels):.0f} of the first {images:.0f} images: divided "
+            f"and not zero, in up to {max(channels):.0f} of {images:.0f} images: divided "
             f"by their standard deviation they blow up to {1 / SCALE_EPS:g} times their size; "
             "choose a layer before its activation"
         )
