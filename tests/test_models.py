@@ -1,12 +1,16 @@
 """Models by name, their stages, their arguments and their inputs."""
 
+from urllib.error import URLError
+
 import pytest
 import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_bad_files import Bomb
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import get_model_weights
 
 from kdfast.errors import UsageError, UserError
 from kdfast.models import (
@@ -19,6 +23,7 @@ from kdfast.models import (
     input_size,
     pair_stages,
     penultimate,
+    published_classes,
     resolve_name,
 )
 
@@ -163,8 +168,8 @@ def test_arguments_a_model_does_not_take():
         create_model("resnet18", wdith=3)
     with pytest.raises(UsageError, match=r"alexnet cannot be built so: .*'in_chans'"):
         create_model("torchvision.models:alexnet", 10, in_chans=1)
-    with pytest.raises(UsageError, match="timm models only"):
-        create_model("torchvision.models:alexnet", 10, pretrained=True)
+    with pytest.raises(UsageError, match="timm and torchvision only"):
+        create_model("torch.nn:Linear", 10, pretrained=True)
 
 
 def test_model_from_a_path():
@@ -199,6 +204,53 @@ def test_pretrained_weights_out_of_reach(monkeypatch, tmp_path):
     assert error.value.exit_code == 1
     with pytest.raises(UserError, match="no pretrained weights exist for cifar_resnet20: train"):
         create_model("resnet20", pretrained=True)
+
+
+def test_pretrained_weights_of_torchvision(monkeypatch):
+    """A classifier for other classes is new; everything else is what was published."""
+    name = "torchvision.models:squeezenet1_1"
+    torch.manual_seed(0)
+    published = create_model(name).state_dict()
+    weights = get_model_weights("squeezenet1_1")
+    monkeypatch.setattr(weights, "get_state_dict", lambda self, **_: dict(published))
+    whole = create_model(name, pretrained=True).state_dict()
+    assert all(torch.equal(whole[key], value) for key, value in published.items())
+    own = create_model(name, 7, pretrained=True).state_dict()
+    new = {
+        key
+        for key, value in published.items()
+        if own[key].shape != value.shape or not torch.equal(own[key], value)
+    }
+    assert new == {"classifier.1.weight", "classifier.1.bias"}
+    assert own["classifier.1.bias"].shape == (7,)
+    assert published_classes(name) == published_classes("resnet18") == 1000
+    assert published_classes("torch.nn:Linear") is None
+
+
+def test_pretrained_weights_of_torchvision_run_no_code(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = get_model_weights("alexnet").IMAGENET1K_V1.url.rpartition("/")[2]
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.save({"x": Bomb()}, tmp_path / "hub/checkpoints" / file)
+    with torch.device("meta"), pytest.raises(UserError, match=file):
+        create_model("torchvision.models:alexnet", 10, pretrained=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pretrained_weights_of_torchvision_that_are_not_there(monkeypatch):
+    def unreachable(*_, **__):
+        raise URLError("no network")
+
+    weights = get_model_weights("alexnet")
+    monkeypatch.setattr(weights, "get_state_dict", unreachable)
+    with pytest.raises(UserError, match="cannot fetch the pretrained weights of torchvision"):
+        create_model("torchvision.models:alexnet", 10, pretrained=True)
+    with torch.device("meta"), pytest.raises(UserError, match="no pretrained weights exist for"):
+        create_model("torchvision.models:vit_h_14", pretrained=True)
+    with pytest.raises(UsageError, match="--model-kwargs"):
+        monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: {"x": torch.ones(1)})
+        create_model("torchvision.models:alexnet", 10, pretrained=True, dropout=0.1)
 
 
 # --- stages ------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ from kdfast.models.factory import (
     create_model,
     fixed_input_size,
     input_size,
+    published_classes,
     resolve_name,
 )
+from kdfast.models.folding import fold_batch_norms
 from kdfast.models.head_files import MountedHeads, load_heads, save_head, shapes_of
 from kdfast.models.heads import ConvHead, DeepHead, LinearHead, parameter_count
 from kdfast.models.inputs import InputAdapter
@@ -40,6 +42,7 @@ __all__ = [
     "extract_slim",
     "find_layer",
     "fixed_input_size",
+    "fold_batch_norms",
     "input_size",
     "load_heads",
     "load_weights",
@@ -47,6 +50,7 @@ __all__ = [
     "pair_stages",
     "parameter_count",
     "penultimate",
+    "published_classes",
     "read_weights",
     "reset",
     "resolve_name",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pickle
 from collections.abc import Callable
 
 import timm
@@ -18,8 +19,10 @@ from kdfast.models import (  # noqa: F401  (they register their models with timm
     cifar_shufflenet,
     cifar_vgg,
     cifar_wrn,
+    headed_resnet,
 )
 
+_TORCHVISION = "torchvision.models:"
 _DEPTHS = ("8", "14", "20", "32", "44", "56", "110")
 # Published spelling -> registered name. An entry counts only while timm has no model so called; no
 # entry differs from a timm name in case alone (`ResNet50`), which would be taken for that model.
@@ -84,7 +87,8 @@ def create_model(
         name: a timm name (`resnet18`, `resnet18.a1_in1k`), a published spelling (`resnet8x4`) or
             `module.path:function` (`torchvision.models:alexnet`), called with `num_classes=`.
         num_classes: None keeps the model's own number.
-        pretrained: load timm's weights (download or cache).
+        pretrained: load timm's weights, or torchvision's of `torchvision.models:NAME`, its first
+            for ImageNet (download or cache). A classifier for other than their classes is new.
         img_size: input size, handed on only to models that are built for one size.
         **kwargs: handed on to the model; an argument it does not take is an error.
 
@@ -111,10 +115,7 @@ def create_model(
     except OSError as error:
         if not pretrained:
             raise
-        raise UserError(
-            f"cannot fetch the pretrained weights of {name} ({type(error).__name__}): connect to "
-            "the network once so that they are cached, or load a checkpoint file instead"
-        ) from error
+        raise _unfetched(name, error) from error
     height, width = size or cfg.input_size[1:]
     model.pretrained_cfg["input_size"] = (in_chans, height, width)
     return model
@@ -128,8 +129,10 @@ def _create_from_path(
     kwargs: dict,
     given: dict,
 ) -> nn.Module:
-    if pretrained:
-        raise UsageError(f"pretrained weights are known for timm models only, not for {name}")
+    if pretrained and not name.startswith(_TORCHVISION):
+        raise UsageError(
+            f"pretrained weights are known for models of timm and torchvision only, not for {name}"
+        )
     function = _import(name)
     if in_chans != 3:
         kwargs["in_chans"] = in_chans
@@ -145,6 +148,8 @@ def _create_from_path(
         model = function(**kwargs)
     except _REJECTIONS as error:
         raise _rejected(name, error, given) from error
+    if pretrained:
+        _load_torchvision(model, name)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name} returned {type(model).__name__}, not a torch module")
     if not hasattr(model, "pretrained_cfg"):
@@ -154,6 +159,53 @@ def _create_from_path(
             "fixed_input_size": "img_size" in kwargs,
         }
     return model
+
+
+def published_classes(name: str) -> int | None:
+    """How many classes the published weights of model `name` tell apart; None without any."""
+    name = resolve_name(name)
+    if name.startswith(_TORCHVISION):
+        return 1000
+    published = None if ":" in name else get_pretrained_cfg(name)
+    return published and published.num_classes
+
+
+def _load_torchvision(model: nn.Module, name: str) -> None:
+    """ImageNet weights of `name` into `model`, but for a classifier of another class count."""
+    from torchvision.models import get_model_weights
+
+    try:
+        published = get_model_weights(name.removeprefix(_TORCHVISION)).IMAGENET1K_V1
+    except (ValueError, AttributeError):
+        raise UserError(
+            f"no pretrained weights exist for {name}: train it first, then load those"
+        ) from None
+    try:
+        state = published.get_state_dict(check_hash=True, weights_only=True)
+    except OSError as error:
+        raise _unfetched(name, error) from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError):  # another hash, a damaged cache
+        raise UserError(
+            f"the cached pretrained weights of {name}, {published.url.rpartition('/')[2]}, are "
+            "damaged or hold more than weights; remove that file from torch's hub cache"
+        ) from None
+    classes, own = len(published.meta["categories"]), model.state_dict()
+    for key in own.keys() & state.keys():
+        if state[key].shape[:1] == (classes,) != own[key].shape[:1]:
+            state[key] = own[key]
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise UsageError(
+            f"the pretrained weights of {name} do not fit it as it is built; drop --model-kwargs"
+        ) from None
+
+
+def _unfetched(name: str, error: OSError) -> UserError:
+    return UserError(
+        f"cannot fetch the pretrained weights of {name} ({type(error).__name__}): connect to "
+        "the network once so that they are cached, or load a checkpoint file instead"
+    )
 
 
 # What constructors raise for an argument they do not take or cannot work with.

@@ -6,8 +6,16 @@ import torch
 from torch import nn
 
 from kdfast.errors import UsageError, unknown
+from kdfast.models.folded_norm import FoldedNorm
 
-_PLANAR = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_PLANAR = (
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    FoldedNorm,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+)
 
 
 class _Tap:
