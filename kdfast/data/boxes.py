@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from kdfast.data.sources import (
     FileSource,
     ImageData,
 )
-from kdfast.errors import UserError
+from kdfast.errors import UsageError, UserError
 
 # The largest annotation of the sets here has a few kilobytes.
 _MOST_BYTES = 2**20
@@ -58,6 +59,13 @@ class Box(NamedTuple):
             max(0, self.left), max(0, self.top), min(width, self.right), min(height, self.bottom)
         )
 
+    def enlarged(self, factor: float) -> Box:
+        """With int(`factor` * side) pixels a side and the same centre, cut off to a whole pixel."""
+        width, height = self.right - self.left, self.bottom - self.top
+        wide, high = int(factor * width), int(factor * height)
+        left, top = self.left - (wide - width) // 2, self.top - (high - height) // 2
+        return Box(left, top, left + wide, top + high)
+
 
 class Crop(NamedTuple):
     """One sample: an image file, its class index, and the box in it."""
@@ -68,15 +76,23 @@ class Crop(NamedTuple):
 
 
 class BoxSource(FileSource):
-    """One image a box. `class_names` are in the order of their indices."""
+    """One image a box, enlarged by `margin`. `class_names` are in the order of their indices.
 
-    def __init__(self, crops: Sequence[Crop], class_names: Sequence[str]):
+    What of an enlarged box lies outside of its image is black, so that the object stays in the
+    middle; of the box itself it is left out.
+    """
+
+    def __init__(self, crops: Sequence[Crop], class_names: Sequence[str], margin: float = 1.0):
         super().__init__([(crop.path, crop.label) for crop in crops])
-        self.crops, self.class_names = crops, list(class_names)
+        self.crops, self.class_names, self.margin = crops, list(class_names), margin
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         image, label = super().read(index)
-        return image.crop(self.crops[index].box.within(*image.size)), label
+        box = self.crops[index].box.within(*image.size)
+        if self.margin == 1:
+            return image.crop(box), label
+        # In every other mode 0 may be something else than black.
+        return image.convert("RGB").crop(box.enlarged(self.margin)), label
 
     def describe(self, index: int) -> str:
         path, _, box = self.crops[index]
@@ -84,20 +100,39 @@ class BoxSource(FileSource):
 
     def size(self, index: int) -> tuple[int, int]:
         try:
-            box = self.crops[index].box.within(*super().size(index))
+            box = self.crops[index].box.within(*super().size(index)).enlarged(self.margin)
         except UNREADABLE:
             return 0, 0
         return box.right - box.left, box.bottom - box.top
 
 
 def boxed_data(
-    name: str, train: Iterable[Crop], held_out: Iterable[Crop], class_names: Sequence[str]
+    name: str,
+    train: Iterable[Crop],
+    held_out: Iterable[Crop],
+    class_names: Sequence[str],
+    margin: float = 1.0,
 ) -> ImageData:
     """A set of crops, each split in the order of an image folder: by class, else as given."""
     splits = (sorted(crops, key=lambda crop: crop.label) for crops in (train, held_out))
-    train, held_out = (BoxSource(crops, class_names) for crops in splits)
+    train, held_out = (BoxSource(crops, class_names, margin) for crops in splits)
     figures = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     return ImageData(name, train, held_out, len(class_names), **figures)
+
+
+def with_margin(data: ImageData, margin: float) -> ImageData:
+    """`data` with its boxes enlarged by `margin`.
+
+    Raises `UsageError` for a set that is not cut to boxes.
+    """
+    if not isinstance(data.train, BoxSource):
+        raise UsageError(
+            f"--box-margin enlarges the boxes of a set that is cut to boxes, not {data.name}"
+        )
+    splits = (
+        BoxSource(source.crops, source.class_names, margin) for source in (data.train, data.eval)
+    )
+    return replace(data, **dict(zip(("train", "eval"), splits, strict=True)))
 
 
 def check_image(path: Path, lists: Path, remedy: str) -> str:
@@ -107,8 +142,12 @@ def check_image(path: Path, lists: Path, remedy: str) -> str:
     return str(path)
 
 
-def annotated_objects(path: Path, remedy: str) -> list[tuple[str, Box]]:
+def annotated_objects(
+    path: Path, remedy: str, *, any_number: bool = False
+) -> list[tuple[str, Box]]:
     """The own name and box of each object in a PASCAL VOC annotation, in their order.
+
+    There is at least one, or with `any_number` perhaps none.
 
     Raises `UserError`, ending in `remedy`, where the file is missing, damaged or longer than a
     mebibyte, or declares a document type or an entity, which no annotation needs.
@@ -131,7 +170,7 @@ def annotated_objects(path: Path, remedy: str) -> list[tuple[str, Box]]:
         raise UserError(f"{path} is not valid XML: {error}; {remedy}") from None
     except ValueError as error:
         raise UserError(f"{path} {error}; {remedy}") from None
-    if not objects:
+    if not objects and not any_number:
         raise UserError(f"{path} has no object; {remedy}")
     return objects
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.data.arrays import cifar, digits, fashion_mnist
+from kdfast.data.boxes import with_margin
 from kdfast.data.cub import cub200
 from kdfast.data.dogs import dogs120
 from kdfast.data.folders import folder, imagenet
+from kdfast.data.ilsvrc import ilsvrc_mammals
 from kdfast.data.lists import lists
 from kdfast.data.mix320 import mix320
 from kdfast.data.oxford import aircraft, flowers102
@@ -35,6 +37,7 @@ _NAMED: dict[str, Callable[..., ImageData]] = {
     "voc": voc,
     "voc-animal": voc_animal,
     "mix320": mix320,
+    "ilsvrc-mammals": ilsvrc_mammals,
 }
 # Those whose splits are where the user says.
 _ANY_SPLITS = ("folder", "lists")
@@ -126,13 +129,15 @@ def open_data(
     eval_split: str | None = None,
     test_split: str | None = None,
     classes: int | None = None,
+    box_margin: float | None = None,
     train_half: str | None = None,
     train_limit: int | None = None,
     eval_limit: int | None = None,
 ) -> ImageData:
     """Open image set `name`: one of `dataset_names()` or a name of `timm.data.create_dataset`.
 
-    `train_half` is `a` or `b` of `half_of`. The limits keep the first images of a split only, of
+    `box_margin` is the factor by which boxes are enlarged, the set's own where None. `train_half`
+    is `a` or `b` of `half_of`. The limits keep the first images of a split only, of
     the half where there is one; `eval_limit` is for testing too.
 
     Raises `UsageError` for an unknown name or a set without a class count, `UserError` when files
@@ -151,6 +156,8 @@ def open_data(
         data = _from_timm(name, data_dir, download, splits, classes)
     if classes and classes != data.classes:
         raise UsageError(f"--num-classes {classes}, but {name} has {data.classes} classes")
+    if box_margin is not None:
+        data = with_margin(data, box_margin)
     changed: dict[str, Any] = {}
     if train_half:
         data = replace(data, train=half_of(data.train, train_half))

@@ -16,7 +16,10 @@ class Augmentation:
     """Training-time augmentation.
 
     `crop` is `pad` (pad by `padding`, cut the image size back out, as on 32-pixel sets), `rrc` or
-    `rkrc` (timm's random resized crop, and the one that keeps the ratio) or `none` (resize only).
+    `rkrc` (timm's random resized crop, and the one that keeps the ratio), `crop` (resize to
+    `resize` x `resize`, 8/7 of the image size where it is None, and cut the image size out) or
+    `none` (resize only). The others than `rrc` and `rkrc` then flip, turn by up to `rotation`
+    degrees and change colours, in this order.
     """
 
     crop: str = "pad"
@@ -26,6 +29,10 @@ class Augmentation:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     color_jitter: float = 0.0
+    hue_jitter: float = 0.0
+    vflip: float = 0.0
+    rotation: float = 0.0
+    resize: int | None = None
     auto_augment: str | None = None
 
 
@@ -37,7 +44,18 @@ def train_transform(
     from timm.data.transforms import str_to_interp_mode
     from torchvision.transforms import v2
 
+    jitter = augmentation.color_jitter
+    if augmentation.hue_jitter > 0.5:
+        raise UsageError(f"--hue-jitter goes up to 0.5, got {augmentation.hue_jitter:g}")
+    if augmentation.resize and augmentation.crop != "crop":
+        raise UsageError("--train-resize needs --train-crop-mode crop")
     if augmentation.crop in ("rrc", "rkrc"):
+        if augmentation.hue_jitter and augmentation.auto_augment:
+            raise UsageError("--hue-jitter has no effect with --aa, which changes colours itself")
+        if augmentation.rotation:
+            raise UsageError("--rotation needs --train-crop-mode crop, pad or none")
+        if augmentation.hue_jitter:
+            jitter = (jitter, jitter, jitter, augmentation.hue_jitter)
         try:
             pipeline = create_transform(
                 (3, *size),
@@ -46,7 +64,8 @@ def train_transform(
                 scale=augmentation.scale,
                 ratio=augmentation.ratio,
                 hflip=augmentation.hflip,
-                color_jitter=augmentation.color_jitter or None,
+                vflip=augmentation.vflip,
+                color_jitter=jitter or None,
                 auto_augment=augmentation.auto_augment,
                 interpolation=interpolation,
                 normalize=False,
@@ -54,17 +73,36 @@ def train_transform(
         except (AssertionError, ValueError) as error:
             raise UsageError(f"--aa {augmentation.auto_augment}: {error}") from None
         return _Pipeline(pipeline)
-    if augmentation.auto_augment or augmentation.color_jitter:
-        raise UsageError("--aa and --color-jitter need --train-crop-mode rrc or rkrc")
+    if augmentation.auto_augment:
+        raise UsageError("--aa needs --train-crop-mode rrc or rkrc")
     steps: list[Callable] = []
-    if size != (native, native):
-        steps.append(v2.Resize(size, str_to_interp_mode(interpolation)))
+    mode = str_to_interp_mode(interpolation)
+    if augmentation.crop == "crop":
+        steps += _resize_and_cut(size, augmentation.resize, mode)
+    elif size != (native, native):
+        steps.append(v2.Resize(size, mode))
     if augmentation.crop == "pad" and augmentation.padding:
-        mode = augmentation.padding_mode
-        steps.append(v2.RandomCrop(size, augmentation.padding, padding_mode=mode))
+        fill = augmentation.padding_mode
+        steps.append(v2.RandomCrop(size, augmentation.padding, padding_mode=fill))
     if augmentation.hflip:
         steps.append(v2.RandomHorizontalFlip(augmentation.hflip))
+    if augmentation.vflip:
+        steps.append(v2.RandomVerticalFlip(augmentation.vflip))
+    if augmentation.rotation:
+        steps.append(v2.RandomRotation(augmentation.rotation, mode))
+    if jitter or augmentation.hue_jitter:
+        steps.append(v2.ColorJitter(jitter, jitter, jitter, augmentation.hue_jitter))
     return _Pipeline(v2.Compose(steps) if steps else None)
+
+
+def _resize_and_cut(size: tuple[int, int], resize: int | None, mode: object) -> list[Callable]:
+    """Both sides to `resize` pixels, 8/7 of `size` where it is None, and `size` cut out of it."""
+    from torchvision.transforms import v2
+
+    larger = (resize, resize) if resize else tuple(round(side * 8 / 7) for side in size)
+    if min(larger) < max(size):
+        raise UsageError(f"--train-resize {resize} is smaller than the {max(size)} pixels cut out")
+    return [v2.Resize(larger, mode), v2.RandomCrop(size)]
 
 
 def eval_transform(
