@@ -124,6 +124,7 @@ class Method(nn.Module):
         heads: the kind of auxiliary classifiers the teacher must have, or None.
         initialises: whether the term can train the layers it reaches alone, in a first stage before
             a main one without it (`--init-epochs`).
+        needs_rate: whether no learning rate fits all layers, so that one must be asked for.
         under_autocast: whether `forward` runs networks of its own, which may take the precision of
             the others; it must then bring what it compares to float32.
         formula: the term as docs/methods.md shows it; optional.
@@ -137,6 +138,7 @@ class Method(nn.Module):
     gamma: ClassVar[float | None] = None
     heads: ClassVar[str | None] = None
     initialises: ClassVar[bool] = False
+    needs_rate: ClassVar[bool] = False
     under_autocast: ClassVar[bool] = False
     formula: ClassVar[str] = ""
     equivalences: ClassVar[dict[str, str]] = {}
@@ -160,7 +162,8 @@ class Method(nn.Module):
     def taps(self) -> str:
         """Which layers the method watches.
 
-        `none`, `stages`, `stem+stages`, `penultimate` or `stages+penultimate`. Where `heads` are
+        `none`, `layer` (one, before its activation), `stages`, `stem+stages`, `penultimate` or
+        `stages+penultimate`. Where `heads` are
         asked for, the stages of the teacher are those that its heads are mounted on, and its last.
         """
         return "none"

@@ -21,8 +21,10 @@ from kdfast.training.evaluate import evaluate
 from kdfast.training.first_stage import Hints, first_stage_options, train_first_stage
 from kdfast.training.journal import say
 from kdfast.training.keeper import StudentKeeper
+from kdfast.training.label_phase import check_tail, require_tail, rests, train_tail
 from kdfast.training.loop import Trainer, create_optimizer
 from kdfast.training.objective import Choice, Objective, TapPlan, plan_taps
+from kdfast.training.path_length import PathLength, weight_of, weighted_before
 from kdfast.training.run_folder import RunFolder, on_main
 from kdfast.training.setup import (
     Inputs,
@@ -58,6 +60,7 @@ class Assembly:
     they are from, `heads` its auxiliary classifiers where the main stage asks for them; all are
     random until `prepare_teacher` was called. `alone` is the student once more,
     where a baseline is wanted; `first` trains a copy of it, where there is a first stage.
+    `path_length` are the layers whose paths are measured.
     """
 
     student: nn.Module
@@ -73,6 +76,7 @@ class Assembly:
     source: str | None
     main: Stage
     first: Stage | None
+    path_length: list[str]
 
     @property
     def stages(self) -> list[Stage]:
@@ -138,17 +142,48 @@ def assemble(
         create_optimizer(objective, options)
         return Stage(options, choice, plan, objective, teacher)
 
-    main = stage(options, choice.main_stage(), student, Objective)
+    alone_by_terms = rests(choice.main_stage())
+    main = stage(options, choice.main_stage(), student, Hints if alone_by_terms else Objective)
     first = None
     if begun is not None:
         own = first_stage_options(options, choice.init)
         first = stage(own, choice.first_stage(), begun, Hints)
-        labels, indices = (x[:2].to(accelerator.device) for x in (batch.labels, batch.indices))
-        first.objective.rest(example, labels, *first.teacher(example), indices=indices)
+    for made in (main, first):
+        if made is not None and isinstance(made.objective, Hints):
+            labels, indices = (x[:2].to(accelerator.device) for x in (batch.labels, batch.indices))
+            made.objective.rest(example, labels, *made.teacher(example), indices=indices)
+    if options.classifier_epochs:
+        require_tail(main.objective, main.plan.student_layers)
+    paths = layers_of_path(options, main.objective, example)
     return Assembly(
         student, alone, inputs, train, held_out, prepare, model, teacher_inputs, heads, parent,
-        options.teacher_checkpoint, main, first,
+        options.teacher_checkpoint, main, first, paths,
     )  # fmt: skip
+
+
+def layers_of_path(
+    options: argparse.Namespace, objective: Objective, example: torch.Tensor
+) -> list[str]:
+    """The layers of `--path-length`; by default, of method layer, the one behind each tap.
+
+    By default none where an average of the weights is kept. Raises `UsageError` for one that has no
+    weights to measure.
+    """
+    student, layers = objective.student, options.path_length
+    if layers is None and options.model_ema:
+        return []
+    if layers is None:
+        taps = [
+            student.layers[i]
+            for method in objective.methods
+            if method.taps() == "layer"
+            for i in objective.views[method.name][0]
+        ]
+        found = (weighted_before(student.model, tap, example) for tap in taps)
+        layers = list(dict.fromkeys(layer for layer in found if layer))
+    for layer in layers:
+        weight_of(student.model, layer)
+    return layers
 
 
 def prepare_teacher(
@@ -206,7 +241,7 @@ def distill(
     prepare_teacher(options, accelerator, data, made)
     say(f"teacher {options.teacher} -> student {options.model} on {data.name}, into {run.path}")
     for stage in made.stages:
-        say_plan(stage)
+        say_plan(stage, first=stage is made.first)
     taught = score_teacher(options, accelerator, made)
     say(f"teacher top1 {taught['top1']:.2f}")
     arguments = arguments_of(recorded or options, accelerator, data, **choice.as_yaml())
@@ -220,6 +255,7 @@ def distill(
     with run.claimed(accelerator, arguments, resume=resume):
         if keep and on_main(accelerator, run.results.exists):
             return on_main(accelerator, lambda: run.read_results("chain"))
+        on_main(accelerator, lambda: check_tail(options, run))
         if chain is not None or made.first is not None:
             on_main(accelerator, lambda: run.begin(arguments))
         say_chain(more.get("chain", ()))
@@ -247,9 +283,15 @@ def distill(
             ),
             arguments,
             teacher=made.main.teacher if made.main.choice.methods else None,
+            path=PathLength(made.student, made.path_length) if made.path_length else None,
             resume=resume,
         )
         scores = trainer.fit()
+        if options.classifier_epochs:
+            more["classifier"] = train_tail(
+                recorded or options, accelerator, data, made.main.objective, made.inputs,
+                made.prepare, run, parent=made.parent,
+            )  # fmt: skip
         baseline = None
         if made.alone is not None:
             say("student alone, from the same initial weights")
@@ -257,7 +299,7 @@ def distill(
             begun = on_main(accelerator, aside.path.exists)
             baseline = train_classifier(
                 recorded or options, accelerator, data, made.alone, made.inputs, aside,
-                resume=begun,
+                resume=begun, path_length=made.path_length,
             )  # fmt: skip
         more["baseline_top1"] = baseline and baseline["last"]["top1"]
         results = describe(
@@ -279,9 +321,8 @@ def say_chain(chain: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def say_plan(stage: Stage) -> None:
+def say_plan(stage: Stage, *, first: bool) -> None:
     """Say what is about to be trained: the loss, the layers each method compares, its notes."""
-    first = isinstance(stage.objective, Hints)
     say(f"loss{' of the first stage' if first else ''} = {describe_loss(stage.choice)}")
     plan = stage.plan
     for name, (ours, theirs) in plan.views.items():

@@ -26,6 +26,12 @@ class Keeper(Protocol):
 
     score_names: list[str]
 
+    def keep_beginning(self, scored: nn.Module) -> None:
+        """Write the weights of epoch 0, where they are asked for; on the main process only.
+
+        Called before the first step of a run that begins, not of one that is resumed.
+        """
+
     def evaluate(
         self,
         scored: nn.Module,
@@ -50,7 +56,8 @@ class StudentKeeper:
     """One network: `last.safetensors`, `best.safetensors`, and `weights/` of `save_epochs`.
 
     `metadata` goes into each file. The best epoch is that of the highest top-1, the first on ties,
-    of those that were evaluated. `parts` are scored apart, too: see `evaluate`.
+    of those that were evaluated. Epoch 0 of `save_epochs` is the network as training begins.
+    `parts` are scored apart, too: see `evaluate`.
     """
 
     def __init__(
@@ -62,6 +69,12 @@ class StudentKeeper:
     ):
         self.run, self.metadata, self.save_epochs, self.parts = run, metadata, save_epochs, parts
         self.score_names = ["loss", "top1", "top5", *(f"top1_{name}" for name in parts)]
+
+    def keep_beginning(self, scored: nn.Module) -> None:
+        if 0 in self.save_epochs:
+            save_weights(
+                self.run.epoch_weights(0), scored.model, self.metadata | {"epoch": 0, "top1": None}
+            )
 
     def evaluate(self, scored, loader, accelerator, prepare, before_batch) -> dict[str, float]:
         scores = evaluate(

@@ -10,4 +10,5 @@ FREE = {
     "checkpoint-steps", "log-interval", "profile", "workers", "threads", "data-dir", "download",
     "baseline", "amp", "teacher-checkpoint", "teacher-epochs", "heads", "cache-images",
     "feature-dir",
+    "classifier-epochs", "classifier-lr",
 }  # fmt: skip

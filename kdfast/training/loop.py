@@ -30,6 +30,7 @@ from kdfast.training.checkpoint import Position
 from kdfast.training.interrupt import Interrupt
 from kdfast.training.keeper import Keeper
 from kdfast.training.objective import Trained
+from kdfast.training.path_length import PathLength
 from kdfast.training.profile import Profile
 from kdfast.training.run_folder import RunFolder, on_main
 from kdfast.training.schedules import Schedule
@@ -68,8 +69,9 @@ class Trainer:
     """Trains `objective` on `train`, evaluates on `held_out` every so often, writes `run`.
 
     `prepare` maps a loader's uint8 images to the device, normalised; `keeper` scores and saves what
-    was trained; `arguments` go into the run's record. With `resume` it goes on from the newest
-    checkpoint in `run`: on a CPU the end is then bit-identical to that of an uninterrupted run.
+    was trained; `arguments` go into the run's record; `path` is measured into path_length.csv. With
+    `resume` it goes on from the newest checkpoint in `run`: on a CPU the end is then bit-identical
+    to that of an uninterrupted run.
     """
 
     def __init__(
@@ -85,11 +87,15 @@ class Trainer:
         arguments: dict[str, Any],
         *,
         teacher: Teacher | None = None,
+        path: PathLength | None = None,
         resume: bool = False,
     ):
         self.accelerator, self.run, self.options = accelerator, run, options
         self.train, self.held_out, self.prepare = train, held_out, prepare
         self.keeper, self.arguments, self.teacher = keeper, arguments, teacher
+        self.path = path
+        if path is not None:
+            objective.add_module("path_length", path)  # which brings it into checkpoints
         layout = torch.channels_last if options.channels_last else torch.preserve_format
         self.objective = objective.to(accelerator.device, memory_format=layout)
         self.optimizer = create_optimizer(objective, options)
@@ -106,6 +112,11 @@ class Trainer:
             accelerator.scaler.load_state_dict(fresh.state_dict())
         if resume:
             self._restore()
+        if path is not None:
+            path.attach(
+                self.optimizer,
+                may_differ=accelerator.scaler is not None or objective.moves_weights,
+            )
         module = torch.compile(objective) if options.torchcompile else objective
         self.step_module = accelerator.prepare_model(module)
         self.step_optimizer = accelerator.prepare_optimizer(self.optimizer)
@@ -119,6 +130,8 @@ class Trainer:
         options, main = self.options, self.accelerator.is_main_process
         first = self.progress.position.epoch
         on_main(self.accelerator, lambda: self.run.begin(self.arguments))
+        if self.progress.position == Position(0):
+            on_main(self.accelerator, self._keep_beginning)
         if main and first < options.epochs:
             # Of an epoch that is trained again the old point goes.
             self.tracker = TensorBoardTracker("", self.run.tensorboard, purge_step=first + 1)
@@ -160,6 +173,8 @@ class Trainer:
         self._share_state()
         due = (epoch + 1) % options.val_interval == 0 or epoch + 1 == options.epochs
         scores = self._evaluate(sums, started) if due else dict.fromkeys(self.keeper.score_names)
+        if due and "loss" in scores:
+            self.schedule.losses.append(scores["loss"])
         row = {"epoch": epoch + 1}
         row |= {f"train_{name}": value for name, value in losses.items()}
         row |= {f"eval_{name}": score for name, score in scores.items()}
@@ -168,6 +183,8 @@ class Trainer:
         row["images_per_second"] = round(images / trained, 1)
         row["seconds"] = round(time.perf_counter() - started, 3)
         better = due and self.keeper.remember(self.history, row)
+        if self.path is not None:
+            self.path.close_epoch(epoch + 1)
         self.progress = Progress(Position(epoch + 1), self._no_sums())
         on_main(self.accelerator, lambda: self._close_epoch(row, better))
         self._save()
@@ -219,6 +236,8 @@ class Trainer:
         self.step_optimizer.step()
         self.step_optimizer.zero_grad()
         self.objective.after_step()
+        if self.path is not None:
+            self.path.after_step()
         if self.average is not None and self.accelerator.is_main_process:
             self.average.update(self.objective.student)
 
@@ -308,8 +327,18 @@ class Trainer:
             scored, self.held_out, self.accelerator, self.prepare, before_batch
         )
 
+    def _keep_beginning(self) -> None:
+        """What is kept of epoch 0: the network as training begins."""
+        self._write_path()
+        self.keeper.keep_beginning(self.scored)
+
+    def _write_path(self) -> None:
+        if self.path is not None:
+            self.run.set_path_length(self.path.as_csv())
+
     def _close_epoch(self, row: dict[str, Any], better: bool) -> None:
         self.keeper.save(self.scored, row, better)
+        self._write_path()
         self.run.append_row(row)
         tags = {
             k.replace("_", "/", 1) if k.startswith(("train_", "eval_")) else f"train/{k}": v
@@ -362,6 +391,10 @@ class Trainer:
             "seconds": self.progress.seconds,
             "processes": gather_object([mine]),
         }
+        if self.options.sched == "plateau":
+            state["losses"] = self.schedule.losses
+        if self.path is not None:
+            state["path_length"] = self.path.rows
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         on_main(
@@ -390,9 +423,13 @@ class Trainer:
         if "scaler" in state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.history = state["history"]
+        self.schedule.losses = state.get("losses", [])
         mine = state["processes"][self.accelerator.process_index]
         self.progress = Progress(position, mine["sums"], state["seconds"])
         if position.step:
             self.random_state = mine["random"]
         summary = self.run.summary
         on_main(self.accelerator, lambda: self.run.set_rows(checkpoint.rows_of(path, summary)))
+        if self.path is not None:
+            self.path.rows = state["path_length"]
+            on_main(self.accelerator, self._write_path)

@@ -21,7 +21,7 @@ from kdfast.methods import (
     find_method,
     method_names,
 )
-from kdfast.models import Taps, default_stages, penultimate
+from kdfast.models import Taps, default_stages, default_tap, input_size, penultimate
 from kdfast.models.pruning import WeightMasks
 from kdfast.seeding import derive_seed, local_randomness
 from kdfast.training.evaluate import hits
@@ -212,8 +212,12 @@ def plan_taps(
 ) -> TapPlan:
     """Union of the layers that `methods` watch; the two lists override stages, pair by pair.
 
-    `head_layers` are the layers of the teacher that its heads are mounted on.
+    `head_layers` are the layers of the teacher that its heads are mounted on. Where all `methods`
+    match a layer as it is, one list holds for both networks.
     """
+    if methods and all(method.taps() == "layer" for method in methods):
+        student_layers = student_layers or teacher_layers
+        teacher_layers = teacher_layers or student_layers
     if (student_layers is None) != (teacher_layers is None):
         raise UsageError("--student-layers and --teacher-layers are given together or not at all")
     if student_layers is not None and len(student_layers) != len(teacher_layers):
@@ -244,10 +248,12 @@ def _pairs(
 ) -> list[tuple[str, str]]:
     taps = method.taps()
     last = [(penultimate(teacher), penultimate(student))] if "penultimate" in taps else []
-    if "stages" not in taps:
+    if "stages" not in taps and "layer" not in taps:
         return last
     if student_layers is not None:
         return [*zip(teacher_layers, student_layers, strict=True), *last]
+    if "layer" in taps:
+        return [(_default_tap(teacher), _default_tap(student)), *last]
     theirs = default_stages(teacher)
     if mounted:
         # A head takes the place of its layer: the networks' last stages remain partners.
@@ -257,6 +263,16 @@ def _pairs(
         stems = default_stages(teacher, stem=True)[0], default_stages(student, stem=True)[0]
         pairs = [*([stems] if stems != pairs[0] else []), *pairs]
     return [*pairs, *last]
+
+
+def _default_tap(model: nn.Module) -> str:
+    try:
+        return default_tap(model, input_size(model)[1:])
+    except UsageError:
+        raise UsageError(
+            f"{type(model).__name__} does not list its stages; name the layer to match with "
+            "--student-layers and --teacher-layers"
+        ) from None
 
 
 def _require_maps(method: Method, whose: str, layers: Sequence[str], shapes: Sequence) -> None:
@@ -277,6 +293,7 @@ class Trained(nn.Module):
 
     student: nn.Module
     term_names: list[str]
+    moves_weights = False  # whether `after_step` changes weights of the student
 
     def start_epoch(self, epoch: int) -> None:
         """Called before every 0-based epoch, and before what is left of one that is resumed."""
@@ -312,6 +329,7 @@ class Objective(Trained):
         super().__init__()
         self.accuracy = accuracy
         self.student, self.learns_labels, self.masks = student, True, masks
+        self.moves_weights = masks is not None
         self.methods = nn.ModuleList(methods)
         self.weights, self.gamma = dict(weights or {}), gamma
         self.views, self.label_smoothing = dict(views or {}), label_smoothing

@@ -57,15 +57,15 @@ def on_main(accelerator: Accelerator, action: Callable[[], T], *, patient: bool 
     return box[0]
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a reader sees the old file or the new one, never half of it.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content`; a reader sees the old file or the new one, never half of it.
 
     Raises `UserError` when it cannot be written; the old file is then as it was.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
+        with temporary.open("wb" if isinstance(content, bytes) else "w") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -112,6 +112,7 @@ class RunFolder:
         self.profile = path / "profile"
         self.arguments = path / "args.yaml"
         self.summary = path / "summary.csv"
+        self.path_length = path / "path_length.csv"
         self.results = path / "results.json"
         self.log = path / "train.log"
         self._lock: IO | None = None
@@ -147,7 +148,7 @@ class RunFolder:
         holds it or its record is damaged.
         """
         if self._claimed:
-            on_main(accelerator, lambda: self._check_same(arguments))
+            on_main(accelerator, lambda: self.check_same(arguments))
             yield
             return
         self._claimed, self._later = True, frozenset(later)
@@ -173,7 +174,7 @@ class RunFolder:
         self.check(resume=resume)
         if self.path.exists():
             self._take_lock()
-            self._check_same(arguments)
+            self.check_same(arguments)
 
     def begin(self, arguments: dict[str, Any]) -> None:
         """Make or enter the folder, record `arguments`, open the log unless it is open."""
@@ -207,7 +208,7 @@ class RunFolder:
                 "another --experiment"
             ) from None
 
-    def _check_same(self, arguments: dict[str, Any]) -> None:
+    def check_same(self, arguments: dict[str, Any]) -> None:
         """Refuse to go on with a run made with other options, those that are free aside."""
         if not self.arguments.exists():
             return
@@ -251,6 +252,11 @@ class RunFolder:
             self.summary.unlink(missing_ok=True)
         elif self.summary.read_text() != text:
             write_atomic(self.summary, text)
+
+    def set_path_length(self, text: str) -> None:
+        """Make path_length.csv what it is after the epochs so far."""
+        if not self.path_length.exists() or self.path_length.read_text() != text:
+            write_atomic(self.path_length, text)
 
     def append_row(self, row: dict[str, Any]) -> None:
         text = io.StringIO()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from timm.scheduler import create_scheduler_v2
 from torch.optim import Optimizer
@@ -53,6 +53,21 @@ def evolution_step(epoch: int, options: argparse.Namespace) -> float:
     return 0.1 ** ((epoch >= 0.5 * options.epochs) + (epoch >= 0.75 * options.epochs))
 
 
+def plateau(losses: Sequence[float], options: argparse.Namespace) -> float:
+    """Times `decay_rate` whenever more than `patience_epochs` scores have brought nothing better.
+
+    `losses` are those of the evaluations so far; better is lower by one part in 10,000, the rule of
+    PyTorch's ReduceLROnPlateau.
+    """
+    best, bad, factor = math.inf, 0, 1.0
+    for loss in losses:
+        better = loss < best * (1 - 1e-4)
+        best, bad = (loss, 0) if better else (best, bad + 1)
+        if bad > options.patience_epochs:
+            factor, bad = factor * options.decay_rate, 0
+    return factor
+
+
 OWN_SCHEDULES: dict[str, Callable[[int, argparse.Namespace], float]] = {
     "constant": constant,
     "log": log,
@@ -61,19 +76,21 @@ OWN_SCHEDULES: dict[str, Callable[[int, argparse.Namespace], float]] = {
     "evolution-step": evolution_step,
 }
 TIMM_SCHEDULES = ("cosine", "tanh", "step", "poly")
-SCHEDULES = (*OWN_SCHEDULES, *TIMM_SCHEDULES)
+SCHEDULES = (*OWN_SCHEDULES, "plateau", *TIMM_SCHEDULES)
 
 
 class Schedule:
     """Sets the learning rate of `optimizer` before every epoch, or every step where asked.
 
-    A pure function of epoch and step: a resumed run needs nothing but those.
+    A pure function of epoch, step and, of `plateau`, the evaluation losses before, which are
+    `losses`: a resumed run needs nothing but those.
     """
 
     def __init__(self, optimizer: Optimizer, options: argparse.Namespace, steps_per_epoch: int):
         self.optimizer, self.options, self.steps = optimizer, options, steps_per_epoch
         self.bases = [group["lr"] for group in optimizer.param_groups]
         self.timm = None
+        self.losses: list[float] = []
         if options.sched in TIMM_SCHEDULES:
             self.timm, _ = create_scheduler_v2(
                 optimizer,
@@ -93,7 +110,10 @@ class Schedule:
         if self.timm is not None:
             self.timm.step(epoch)
             return
-        factor = OWN_SCHEDULES[self.options.sched](epoch, self.options)
+        if self.options.sched == "plateau":
+            factor = constant(epoch, self.options) * plateau(self.losses, self.options)
+        else:
+            factor = OWN_SCHEDULES[self.options.sched](epoch, self.options)
         for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
             group["lr"] = base * factor
 
