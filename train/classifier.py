@@ -26,6 +26,7 @@ from kdfast.training.classifier import score, train_classifier
 from kdfast.training.flags import (
     data_flags,
     model_flags,
+    path_flags,
     pruning_flags,
     run_flags,
     training_flags,
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
     model_flags(parser, student=False)
     pruning_flags(parser)
     training_flags(parser)
+    path_flags(parser)
     run_flags(parser)
     options = parse(parser, argv)
     check_pruning(options)

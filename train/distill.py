@@ -12,7 +12,8 @@
 The story: load or, on digits, train the teacher; freeze it; have it teach the assistants, one the
 next, where there are any; pair layers; where a first stage is asked for, train the first layers on
 its terms alone; train the student on gamma * cross-entropy + the sum of weight * term; on digits,
-train the same student alone; compare.
+train the same student alone; compare. With method layer, the layers behind the matched one may
+learn the labels afterwards (--classifier-epochs).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from kdfast.training.chain import Assistant, choose_assistants, distill_through
 from kdfast.training.classifier import score
 from kdfast.training.flags import data_flags, model_flags, run_flags, training_flags
 from kdfast.training.journal import say
+from kdfast.training.label_phase import check_rates
 from kdfast.training.objective import Choice, choose_methods
 from kdfast.training.options import parse
 from kdfast.training.parser import Parser, load_plugin
@@ -59,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
     if options.baseline is None:
         options.baseline = options.dataset == "digits"
     if not options.eval_only:
+        check_rates(options, choice)
         settle_heads(options, choice)
         require_teacher(options)
 

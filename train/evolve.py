@@ -47,7 +47,7 @@ from kdfast.training.transfer_flags import evolution_flags
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="train/evolve.py", description=__doc__)
     data_flags(parser)
-    model_flags(parser, student=False)
+    model_flags(parser, student=False, init="model")
     evolution_flags(parser)
     training_flags(parser)
     run_flags(parser, recipe="evolution")

@@ -155,6 +155,7 @@ def _links(
                 same = resolve_name(own.model) == resolve_name(options.model)
             own.model_kwargs = options.model_kwargs if same else {}
             own.baseline, own.save_epochs, own.profile = False, [], None
+            own.path_length, own.classifier_epochs, own.reset_layers = None, 0, None
         links.append(own)
     return links
 

@@ -6,6 +6,7 @@ import argparse
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from kdfast.training.evaluate import evaluate
 from kdfast.training.keeper import StudentKeeper
 from kdfast.training.loop import Trainer
 from kdfast.training.objective import Objective
+from kdfast.training.path_length import PathLength
 from kdfast.training.run_folder import RunFolder, choose_run, on_main
 from kdfast.training.setup import (
     Inputs,
@@ -48,13 +50,15 @@ def train_classifier(
     accuracy: bool = False,
     parent: str | None = None,
     masks: WeightMasks | None = None,
+    path_length: Sequence[str] | None = None,
     **recorded: Any,
 ) -> dict[str, Any]:
     """Train `model` with cross-entropy into `run`; returns the run's results, already written.
 
     With `accuracy` the summary has that of the training images, too. `parent` is the checksum of
     the weights that `model` came from; what `masks` prune stays zero, and `zero_share` is then in
-    the results. `recorded` is what the run's record holds beside `options`.
+    the results. `path_length` are the layers whose paths are measured, those of `options` where it
+    is None. `recorded` is what the run's record holds beside `options`.
     """
     arguments = arguments_of(options, accelerator, data, **recorded)
     about = metadata(model, options.model_kwargs, data, inputs, parent)
@@ -64,6 +68,7 @@ def train_classifier(
     with run.claimed(accelerator, arguments, resume=resume):
         try_out(model, inputs, data.classes)
         train, held_out = make_loaders(options, data, inputs, accelerator)
+        layers = getattr(options, "path_length", None) if path_length is None else path_length
         trainer = Trainer(
             accelerator,
             Objective(
@@ -76,6 +81,7 @@ def train_classifier(
             options,
             StudentKeeper(run, about, options.save_epochs, data.parts),
             arguments,
+            path=PathLength(model, layers) if layers else None,
             resume=resume,
         )
         scores = trainer.fit()

@@ -157,6 +157,9 @@ def refuse_augmentation(options: argparse.Namespace, why: str) -> None:
     changed = {
         "aug": options.aug,
         "hflip": options.hflip,
+        "vflip": options.vflip,
+        "rotation": options.rotation,
+        "hue_jitter": options.hue_jitter,
         "aa": options.aa,
         "color_jitter": options.color_jitter,
         "train_crop_mode": options.train_crop_mode not in (None, "none"),

@@ -24,9 +24,9 @@ from kdfast.data.sources import UNREADABLE, unreadable
 from kdfast.errors import UsageError, unknown
 from kdfast.training.parser import Parser
 from kdfast.training.script import script
-from kdfast.training.values import positive
+from kdfast.training.values import factor, positive
 
-BOXED = ("cub200", "dogs120", "voc", "voc-animal", "mix320")
+BOXED = ("cub200", "dogs120", "voc", "voc-animal", "mix320", "ilsvrc-mammals")
 
 
 @script
@@ -36,6 +36,9 @@ def main(argv: Sequence[str]) -> None:
     parser.flag(group, "--dataset", metavar="NAME", help=", ".join(BOXED))
     parser.flag(group, "--data-dir", metavar="PATH", help="where the set's files are")
     parser.switch(group, "--download", help="fetch the set first where the library can")
+    parser.flag(
+        group, "--box-margin", type=factor, metavar="FACTOR", help="enlarge boxes so many times"
+    )
     parser.flag(
         group, "-j", "--workers", type=positive, default=os.cpu_count() or 1, help="threads"
     )
@@ -49,7 +52,9 @@ def main(argv: Sequence[str]) -> None:
     out = Path(options["out"])
     if out.exists():
         raise UsageError(f"{out} exists; remove it or name another folder")
-    data = open_data(name, options["data_dir"], download=options["download"])
+    data = open_data(
+        name, options["data_dir"], download=options["download"], box_margin=options["box_margin"]
+    )
     splits = {"train": data.train, "val": data.eval}
     for split, source in splits.items():
         check_classes(name, split, source)

@@ -29,7 +29,7 @@ from kdfast.models import (
 )
 from kdfast.models.channel_graph import ChannelGraph
 from kdfast.ops import Key
-from kdfast.seeding import derive_seed, local_randomness
+from kdfast.seeding import derive_seed
 from kdfast.training import journal
 from kdfast.training.classifier import train_classifier
 from kdfast.training.generations_csv import as_csv, as_text, best_scores
@@ -201,13 +201,7 @@ def build_network(options: argparse.Namespace, classes: int, *, sync_bn: bool = 
     own.sync_bn = sync_bn
     if own.generation:
         own.pretrained, own.initial_checkpoint = False, None
-    model = build_model(own, classes, seed_name="network")
-    if own.init == "kaiming-normal":
-        with local_randomness(derive_seed(own.seed, "init")):
-            for module in model.modules():
-                if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    return model
+    return build_model(own, classes, seed_name="network")
 
 
 def inherit(run: Evolution, model: nn.Module, generation: int, parent: Link) -> nn.Module:

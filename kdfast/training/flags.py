@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from kdfast.models.initial import INITS
 from kdfast.training.parser import Parser
 from kdfast.training.schedules import SCHEDULES
-from kdfast.training.values import amount, assignment, fraction, natural, number, positive, share
+from kdfast.training.values import (
+    amount,
+    assignment,
+    factor,
+    fraction,
+    natural,
+    number,
+    positive,
+    share,
+)
 
 
-def data_flags(parser: Parser) -> None:
+def image_flags(parser: Parser) -> Any:
+    """Which images there are, and what networks are fed; returns the group of flags."""
     group = parser.add_argument_group("data")
     flag = parser.flag
     flag(
@@ -15,7 +28,8 @@ def data_flags(parser: Parser) -> None:
         "--dataset",
         default="digits",
         help="digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, imagenet, flowers102, "
-        "aircraft, cub200, dogs120, voc, voc-animal and mix320 (cut to their boxes), folder, lists "
+        "aircraft, cub200, dogs120, voc, voc-animal, mix320 and ilsvrc-mammals (cut to their "
+        "boxes), folder, lists "
         "(train.txt, val.txt and perhaps test.txt, or .csv, each row an image file and its "
         "label), or a name of timm's create_dataset such as torch/cifar10 or "
         "hfds/owner/name",
@@ -25,6 +39,14 @@ def data_flags(parser: Parser) -> None:
     flag(group, "--train-split", help="name of the training split, or of its folder or list")
     flag(group, "--val-split", help="name of the evaluation split")
     flag(group, "--test-split", help="name of a third split, which selects nothing")
+    flag(
+        group,
+        "--box-margin",
+        type=factor,
+        metavar="FACTOR",
+        help="enlarge boxes so many times a side; black where the image ends (default: 1; 1.5 for "
+        "ilsvrc-mammals)",
+    )
     flag(
         group,
         "--train-half",
@@ -58,10 +80,33 @@ def data_flags(parser: Parser) -> None:
     flag(group, "--std", type=number, nargs=3, help="per-channel standard deviation")
     flag(
         group,
+        "--cache-images",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="decode image files once and keep their pixels, in memory that loader processes "
+        "share; results do not depend on it; auto: where the training images take at most 8 GiB "
+        "and half of the free memory",
+    )
+    return group
+
+
+def data_flags(parser: Parser) -> None:
+    """`image_flags`, and how images are augmented and loaded."""
+    group = image_flags(parser)
+    flag = parser.flag
+    flag(
+        group,
         "--train-crop-mode",
-        choices=("pad", "rrc", "rkrc", "none"),
-        help="pad: pad and cut back; rrc, rkrc: random resized crop (default: pad on sets of "
-        "small images, else rrc)",
+        choices=("pad", "rrc", "rkrc", "crop", "none"),
+        help="pad: pad and cut back; rrc, rkrc: random resized crop; crop: resize both sides to "
+        "--train-resize and cut (default: pad on sets of small images, else rrc)",
+    )
+    flag(
+        group,
+        "--train-resize",
+        type=positive,
+        metavar="SIDE",
+        help="crop mode crop: pixels of both sides before it cuts (default: 8/7 of --img-size)",
     )
     flag(group, "--crop-padding", type=natural, default=4, help="pixels for crop mode pad")
     flag(
@@ -77,9 +122,30 @@ def data_flags(parser: Parser) -> None:
         type=fraction,
         help="probability of a horizontal flip (default: 0.5; 0 on digits)",
     )
+    flag(group, "--vflip", type=fraction, help="probability of a vertical flip (default: 0)")
+    flag(
+        group,
+        "--rotation",
+        type=amount,
+        metavar="DEGREES",
+        help="turn by up to so many degrees, in other crop modes than rrc and rkrc (default: 0)",
+    )
     flag(group, "--scale", type=number, nargs=2, default=[0.08, 1.0], help="area range of rrc")
     flag(group, "--ratio", type=number, nargs=2, default=[3 / 4, 4 / 3], help="ratio range of rrc")
-    flag(group, "--color-jitter", type=amount, default=0.0, help="strength, with rrc or rkrc")
+    flag(
+        group,
+        "--color-jitter",
+        type=amount,
+        default=0.0,
+        help="range of brightness, contrast and saturation around 1",
+    )
+    flag(
+        group,
+        "--hue-jitter",
+        type=amount,
+        help="range of hue around 0, up to 0.5, with or "
+        "without --color-jitter; not with --aa (default: 0)",
+    )
     flag(group, "--aa", metavar="POLICY", help="timm AutoAugment policy, with rrc or rkrc")
     flag(
         group,
@@ -107,18 +173,9 @@ def data_flags(parser: Parser) -> None:
         help="loader processes; results do not depend "
         "on it (default: 0 for sets in memory on a CPU, else up to 4)",
     )
-    flag(
-        group,
-        "--cache-images",
-        choices=("auto", "always", "never"),
-        default="auto",
-        help="decode image files once and keep their pixels, in memory that loader processes "
-        "share; results do not depend on it; auto: where the training images take at most 8 GiB "
-        "and half of the free memory",
-    )
 
 
-def model_flags(parser: Parser, *, student: bool) -> None:
+def model_flags(parser: Parser, *, student: bool, init: str | None = None) -> None:
     group = parser.add_argument_group("student" if student else "model")
     names = ("--model", "--student") if student else ("--model",)
     parser.flag(
@@ -128,7 +185,11 @@ def model_flags(parser: Parser, *, student: bool) -> None:
         metavar="NAME",
         help="any timm name, or module.path:function",
     )
-    parser.switch(group, "--pretrained", help="start from timm's published weights")
+    parser.switch(
+        group,
+        "--pretrained",
+        help="start from published weights, of timm or of torchvision.models:NAME",
+    )
     parser.flag(group, "--initial-checkpoint", metavar="PATH", help="start from these weights")
     parser.flag(
         group,
@@ -138,6 +199,35 @@ def model_flags(parser: Parser, *, student: bool) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="arguments for the model's constructor",
+    )
+    parser.flag(
+        group,
+        "--init",
+        choices=INITS,
+        default=init,
+        help="weights of a new network: as the model's code draws them; kaiming-normal: "
+        "convolutions and linear layers Kaiming normal with fan-in; vgg: as torchvision draws VGG, "
+        "with fan-out and linear layers from N(0, 0.01^2)" + " (default: model)" * (init is None),
+    )
+    parser.flag(
+        group,
+        "--reset-layers",
+        nargs="+",
+        metavar="LAYER",
+        help="draw these modules anew, as --init vgg does, once weights are loaded",
+    )
+
+
+def path_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("path length")
+    parser.flag(
+        group,
+        "--path-length",
+        nargs="*",
+        metavar="LAYER",
+        help="measure how far the weights of these modules travel, into path_length.csv; not with "
+        "--model-ema (default, and without a LAYER: none; default of method layer: the last "
+        "convolution or linear layer up to the matched one, shortcuts aside)",
     )
 
 
@@ -201,7 +291,13 @@ def training_flags(parser: Parser) -> None:
     flag(group, "--model-ema-decay", type=fraction, default=0.9998, help="of that average")
 
     group = parser.add_argument_group("learning rate")
-    flag(group, "--sched", choices=SCHEDULES, default="multistep", help="schedule")
+    flag(
+        group,
+        "--sched",
+        choices=SCHEDULES,
+        default="multistep",
+        help="schedule; plateau: drops when the evaluation loss stalls",
+    )
     switch(group, "--sched-on-updates", help="change the rate at every step, for timm's schedules")
     flag(
         group,
@@ -217,7 +313,14 @@ def training_flags(parser: Parser) -> None:
         "--decay-rate",
         type=amount,
         default=0.1,
-        help="step, multistep: factor of a drop; poly: its power",
+        help="step, multistep, plateau: factor of a drop; poly: its power",
+    )
+    flag(
+        group,
+        "--patience-epochs",
+        type=natural,
+        metavar="N",
+        help="plateau: evaluations without a lower loss that are borne before a drop (default: 10)",
     )
     flag(group, "--decades", type=amount, default=2.0, help="log: powers of ten from first to last")
     flag(group, "--warmup-epochs", type=natural, default=0, help="linear warm-up")
@@ -308,10 +411,10 @@ def run_flags(parser: Parser, *, recipe: str = "crd") -> None:
     flag(
         group,
         "--save-epochs",
-        type=positive,
+        type=natural,
         nargs="+",
         default=[],
-        help="epochs whose weights are kept in weights/",
+        help="epochs whose weights are kept in weights/; 0 is the network as training begins",
     )
     flag(group, "--log-interval", type=positive, default=50, help="steps between readings")
     flag(group, "--seed", type=natural, default=0, help="of everything random")

@@ -211,6 +211,14 @@ class HeadsKeeper:
                 head["best"] = found
         return better
 
+    def keep_beginning(self, scored: nn.Module) -> None:
+        if self.trunk is not None:
+            self.trunk.keep_beginning(scored.taps)
+        elif 0 in self.save_epochs:
+            for head, record in zip(scored, self.records, strict=True):
+                full = record | {"epoch": 0, "top1": None}
+                save_head(self.run.path / "weights" / "epoch-0000", head, full)
+
     def save(self, scored: nn.Module, row: dict[str, Any], better: bool) -> None:
         if self.trunk is None:
             modules, more = list(scored), {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +13,8 @@ from torch import distributed
 
 # Launchers pass a Ctrl-C on to processes that the terminal has told already.
 _ECHO_SECONDS = 2.0
+# In practice for ever; a process that died is noticed by its beats (`processes`).
+_PATIENCE = timedelta(days=365)
 
 
 class Interrupt:
@@ -19,11 +22,13 @@ class Interrupt:
 
     All processes call `agreed` equally often; it gives all of them the same answer, the signal any
     of them got before its last call, or None. The answer travels while the step runs, on the host,
-    so that no device waits for it. A second Ctrl-C stops at once.
+    so that no device waits for it. A second Ctrl-C stops at once. With `patient` they wait for one
+    another however long it takes, else as long as collective operations do.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, *, patient: bool = False):
         self.many = accelerator.num_processes > 1
+        self.waiting = {"timeout": _PATIENCE} if patient else {}
         self.noted = 0
         self.since = 0.0
 
@@ -34,7 +39,9 @@ class Interrupt:
                 number: signal.signal(number, self._note)
                 for number in (signal.SIGTERM, signal.SIGINT)
             }
-        self.group = distributed.new_group(backend="gloo") if self.many else None
+        self.group = None
+        if self.many:
+            self.group = distributed.new_group(backend="gloo", **self.waiting)
         self.box = torch.zeros(1, dtype=torch.int64)
         self.work = None
         return self

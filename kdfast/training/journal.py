@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _logs: list[Path] = []
@@ -52,6 +54,16 @@ def open_log(path: Path) -> None:
 
 def close_log() -> None:
     _logs.pop()
+
+
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """Send lines to `path` within `with`, where several logs are open."""
+    open_log(path)
+    try:
+        yield
+    finally:
+        close_log()
 
 
 def _append(path: Path, lines: list[str]) -> None:

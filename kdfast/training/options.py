@@ -38,12 +38,19 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         if not 0 < bounds[0] <= bounds[1]:
             text = " ".join(f"{bound:g}" for bound in bounds)
             raise UsageError(f"{flag} needs two numbers above 0, the smaller first, got {text}")
-    if options.sched in OWN_SCHEDULES:
+    if options.sched in OWN_SCHEDULES or options.sched == "plateau":
         if options.sched_on_updates and "sched_on_updates" in options.given:
             raise UsageError(
                 f"--sched {options.sched} changes once an epoch; drop --sched-on-updates"
             )
+        if options.patience_epochs is None and options.sched == "plateau":
+            options.patience_epochs = 10
         options.sched_on_updates = False  # the recipe meant it for the schedule it names
+    elif "patience_epochs" in options.given:
+        raise UsageError(
+            f"--patience-epochs is of --sched plateau, not of {options.sched}; drop it"
+        )
+    _check_augmentation(options, augments=parser.fallbacks["aug"])
     if options.warmup_epochs > options.epochs:
         raise UsageError(
             f"--warmup-epochs {options.warmup_epochs} is longer than --epochs {options.epochs}"
@@ -57,9 +64,47 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
             raise UsageError("--resume PATH is one run; with --seeds give --resume auto")
         if options.eval_only:
             raise UsageError("--eval-only scores one network; drop --seeds")
+    if "init" in options.given and options.init != "model":
+        for key in ("pretrained", "initial_checkpoint"):
+            if getattr(options, key, None):
+                raise UsageError(
+                    f"--init {options.init} draws the weights that --{key.replace('_', '-')} "
+                    "brings; drop one"
+                )
+    if options.model_ema and getattr(options, "path_length", None):
+        whose = "" if "path_length" in options.given else f", of recipe {options.recipe},"
+        raise UsageError(
+            f"--path-length{whose} measures the weights that are trained, --model-ema keeps an "
+            "average of them: drop one, or give --path-length without a layer"
+        )
+    if options.save_epochs and "save_epochs" not in options.given:
+        kept = {epoch for epoch in options.save_epochs if epoch <= options.epochs}
+        options.save_epochs = sorted(kept | {options.epochs})
     if max(options.save_epochs, default=0) > options.epochs:
         raise UsageError(f"--save-epochs {max(options.save_epochs)} is after the last epoch")
     return options
+
+
+def _check_augmentation(options: argparse.Namespace, augments: bool) -> None:
+    """Refuse typed flags of augmentation that would change nothing.
+
+    Recipes and printed options may hold them. A recipe's side to resize to goes with its crop mode.
+    A script that by itself `augments` nothing says why in its own words.
+    """
+    if options.train_resize and options.train_crop_mode != "crop":
+        if "train_resize" in options.given:
+            raise UsageError("--train-resize needs --train-crop-mode crop")
+        options.train_resize = None
+    if options.aug or not augments:
+        return
+    for dest in (
+        "train_crop_mode", "train_resize", "hflip", "vflip", "rotation", "color_jitter",
+        "hue_jitter", "aa",
+    ):  # fmt: skip
+        if dest in options.typed and getattr(options, dest):
+            flag = dest.replace("_", "-")
+            whose = "" if "aug" in options.given else f" of recipe {options.recipe}"
+            raise UsageError(f"--{flag} has no effect with --no-aug{whose}; drop it, or give --aug")
 
 
 def check_optimizer(flag: str, name: str) -> None:

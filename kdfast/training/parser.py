@@ -51,11 +51,15 @@ class Parser(argparse.ArgumentParser):
         self.flag(group, name, default=default, help=help, action=argparse.BooleanOptionalAction)
 
     def actions(self) -> dict[str, argparse.Action]:
-        """Flags by key, the name used in YAML: their names without the leading dashes."""
+        """Flags by key, the name used in YAML: their names without the leading dashes.
+
+        What has no dashes, as RUN, goes by its dest.
+        """
         found = {}
         for action in self._actions:
             if action.dest in self.fallbacks:
                 names = [name[2:] for name in action.option_strings if name.startswith("--")]
+                names = names or [action.dest]
                 if isinstance(action, argparse.BooleanOptionalAction):
                     names = names[:1]
                 found |= dict.fromkeys(names, action)
@@ -148,8 +152,11 @@ def _holding(
     actions: dict[str, argparse.Action],
     foreign: set[str],
     canonical: Callable[[str, str], Sequence[str]],
-) -> list[dict[str, Any]]:
-    """The entries of a recipe's `when` whose `if` holds for `options`, without that `if`."""
+) -> list[tuple[dict[str, Any], bool]]:
+    """The entries of a recipe's `when` whose `if` holds for `options`, without that `if`.
+
+    With each, whether that asks for a method.
+    """
     entries = conditional if isinstance(conditional, list) else [conditional]
     holding = []
     for entry in entries:
@@ -166,7 +173,8 @@ def _holding(
             ]
             holds = holds and not names[0].isdisjoint(names[1])
         if holds:
-            holding.append({k: v for k, v in entry.items() if k != "if"})
+            rest = {k: v for k, v in entry.items() if k != "if"}
+            holding.append((rest, "method" in entry["if"]))
     return holding
 
 
@@ -191,9 +199,9 @@ def merge(
     `foreign` belong to other scripts and are passed over. A recipe's `when` is a list of further
     mappings; each holds where the options named in its `if` have one of the values given there,
     words as `canonical(key, word)` spells them. Beside the flags the result has
-    `given` (dests set by config or command line), `typed` (those of the command line) and
-    `layers_of_methods`, the `methods` mappings of recipe and config with the words for where they
-    are, weakest first.
+    `given` (dests set by config or command line), `typed` (those of the command line), `settled`
+    (those that a recipe's `when` sets for a method) and `layers_of_methods`, the `methods` mappings
+    of recipe and config with the words for where they are, weakest first.
     """
     flags = parser.given(argv)
     config = read_yaml(Path(flags["config"])) if flags.get("config") else {}
@@ -203,13 +211,18 @@ def merge(
     actions = parser.actions()
     options = copy.deepcopy(parser.fallbacks)
     given: set[str] = set()
+    settled: set[str] = set()
     methods: list[tuple[str, dict]] = []
     where = f"recipe {name}"
     conditional = recipe.pop("when", [])
     known = {**_by_dest(recipe, actions), **_by_dest(config, actions), **flags}
     layers = [(where, recipe, False)]
-    for part in _holding(where, conditional, options | known, actions, foreign, canonical):
+    for part, by_method in _holding(
+        where, conditional, options | known, actions, foreign, canonical
+    ):
         layers.append((where, part, False))
+        if by_method:
+            settled |= {actions[key].dest for key in part if key in actions}
     layers.append((str(flags.get("config")), config, True))
     for where, content, chosen in layers:
         content = dict(content)
@@ -232,7 +245,11 @@ def merge(
     options |= flags
     options["recipe"] = str(name)
     return argparse.Namespace(
-        **options, given=given | set(flags), typed=set(flags), layers_of_methods=methods
+        **options,
+        given=given | set(flags),
+        typed=set(flags),
+        settled=settled,
+        layers_of_methods=methods,
     )
 
 

@@ -37,11 +37,13 @@ from kdfast.errors import UsageError, UserError
 from kdfast.models import (
     architecture,
     create_model,
+    find_layer,
     fixed_input_size,
     input_size,
     load_weights,
     read_weights,
 )
+from kdfast.models.initial import initialise
 from kdfast.seeding import derive_seed
 from kdfast.training import processes
 from kdfast.training.image_cache import cache_images
@@ -123,6 +125,7 @@ def _open(options: argparse.Namespace, *, download: bool) -> ImageData:
         eval_split=options.val_split,
         test_split=options.test_split,
         classes=options.num_classes,
+        box_margin=options.box_margin,
         train_half=options.train_half,
         train_limit=options.train_limit,
         eval_limit=options.eval_limit,
@@ -217,8 +220,13 @@ def build_model(options: argparse.Namespace, classes: int, *, seed_name: str) ->
         img_size=options.img_size,
         **options.model_kwargs,
     )
+    init = getattr(options, "init", None)
+    if init and not (options.pretrained or options.initial_checkpoint):
+        initialise(model, init, derive_seed(options.seed, "init"))
     if options.initial_checkpoint:
         load_checkpoint(model, weights_path(options.initial_checkpoint))
+    for layer in getattr(options, "reset_layers", None) or ():
+        initialise(find_layer(model, layer), "vgg", derive_seed(options.seed, "reset", layer))
     # Before anything watches its layers.
     return convert_sync_batchnorm(model) if options.sync_bn else model
 
@@ -260,6 +268,10 @@ def make_loaders(
         scale=tuple(options.scale),
         ratio=tuple(options.ratio),
         color_jitter=options.color_jitter,
+        hue_jitter=options.hue_jitter or 0.0,
+        vflip=options.vflip or 0.0,
+        rotation=options.rotation or 0.0,
+        resize=options.train_resize,
         auto_augment=options.aa,
     )
     training = held_out
@@ -385,6 +397,7 @@ def plain(options: argparse.Namespace, **resolved: Any) -> dict[str, Any]:
     hidden = {
         "given",
         "typed",
+        "settled",
         "layers_of_methods",
         "print_config",
         "config",

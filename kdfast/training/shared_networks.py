@@ -40,6 +40,7 @@ def classifier_options(
     own.epochs, own.save_epochs = epochs, []
     own.pretrained, own.initial_checkpoint, own.img_size = False, None, None
     own.profile = own.experiment = own.resume = None
+    own.init = own.reset_layers = None
     own.freeze_bn = False  # another's: a fresh network has no statistics to freeze
     return own
 

@@ -10,7 +10,6 @@ import copy
 from pathlib import Path
 
 from accelerate import Accelerator
-from timm.models import get_pretrained_cfg
 from torch import nn
 
 from kdfast.data import ImageData
@@ -21,7 +20,7 @@ from kdfast.models import (
     checksum,
     load_heads,
     load_weights,
-    resolve_name,
+    published_classes,
 )
 from kdfast.training.heads import build_heads, train_deep, train_linear
 from kdfast.training.journal import say
@@ -68,11 +67,11 @@ def load_teacher(options: argparse.Namespace, data: ImageData) -> tuple[nn.Modul
 
 
 def require_same_classes(name: str, data: ImageData) -> None:
-    """Refuse published weights for other classes: timm would draw a random classifier unasked."""
-    published = get_pretrained_cfg(resolve_name(name))
-    if published is not None and published.num_classes != data.classes:
+    """Refuse published weights for other classes: a random classifier would be drawn unasked."""
+    known = published_classes(name)
+    if known not in (None, data.classes):
         raise UsageError(
-            f"the published {name} tells {published.num_classes} classes apart, {data.name} has "
+            f"the published {name} tells {known} classes apart, {data.name} has "
             f"{data.classes}; fine-tune it with train/classifier.py --model {name} --pretrained "
             "and give that run as --teacher-checkpoint"
         )

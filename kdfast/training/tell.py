@@ -40,17 +40,22 @@ def comparison(
     results: dict[str, Any],
     choice: Choice,
 ) -> str:
-    """A table of top-1: teacher, student alone where it was trained, distilled student."""
+    """A table of top-1: teacher, student alone where it was trained, distilled student.
+
+    And that student once the layers behind a matched one have learnt the labels, where they have.
+    """
     rows = [("teacher", teacher, taught["top1"], None)]
     if baseline:
         rows.append(("alone", student, baseline["last"]["top1"], baseline["best"]["top1"]))
     name = "+".join(choice.methods) or "no method"
     rows.append((name, student, results["last"]["top1"], results["best"]["top1"]))
+    if tail := results.get("classifier"):
+        rows.append(("+ classifier", student, tail["last"]["top1"], tail["best"]["top1"]))
     lines = [f"{'':12} {'network':24} {'last':>6} {'best':>6}"]
     for kind, network, last, best in rows:
         shown = f"{best:6.2f}" if best is not None else f"{'':>6}"
         lines.append(f"{kind:12} {network:24} {last:6.2f} {shown}")
     if baseline:
-        gain = results["last"]["top1"] - baseline["last"]["top1"]
+        gain = rows[-1][2] - baseline["last"]["top1"]
         lines.append(f"{'gain':12} {'':24} {gain:+6.2f}")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from kdfast.training.consistency_flags import pair_flags, tail_flags, transnet_f
 from kdfast.training.flags import (
     data_flags,
     model_flags,
+    path_flags,
     pruning_flags,
     run_flags,
     training_flags,
@@ -35,7 +36,7 @@ def teacher_flags(parser: Parser) -> Any:
         metavar="PATH",
         help="its weights: a file, or a run folder (whose best weights are taken)",
     )
-    parser.switch(group, "--teacher-pretrained", help="use timm's published weights")
+    parser.switch(group, "--teacher-pretrained", help="use published weights, as --pretrained")
     flag(
         group,
         "--teacher-kwargs",
@@ -56,6 +57,7 @@ def teacher_flags(parser: Parser) -> Any:
 
 def distill_flags(parser: Parser) -> None:
     flag = parser.flag
+    path_flags(parser)
     group = teacher_flags(parser)
     flag(
         group,
@@ -114,7 +116,13 @@ def distill_flags(parser: Parser) -> None:
         metavar="LAYER",
         help="layers to match instead of the stages, by dotted name; NAME:in is a layer's input",
     )
-    flag(group, "--teacher-layers", nargs="+", metavar="LAYER", help="as many of the teacher's")
+    flag(
+        group,
+        "--teacher-layers",
+        nargs="+",
+        metavar="LAYER",
+        help="as many of the teacher's (default, of method layer alone: the student's)",
+    )
     parser.switch(
         group,
         "--baseline",
@@ -130,6 +138,7 @@ def distill_flags(parser: Parser) -> None:
     )
     _method_flags(parser, group, names)
     first_stage_flags(parser)
+    label_phase_flags(parser)
     lines = [f"  {name:8} {find_method(name).__doc__.strip().splitlines()[0]}" for name in names]
     parser.epilog = "\n".join(["methods:", *lines, "", parser.epilog or ""])
 
@@ -162,6 +171,26 @@ def first_stage_flags(parser: Parser) -> None:
     flag(group, "--init-opt", metavar="NAME", help="its optimizer (default: --opt)")
     flag(group, "--init-weight-decay", type=amount, help="(default: --weight-decay)")
     flag(group, "--init-momentum", type=fraction, help="(default: --momentum)")
+
+
+def label_phase_flags(parser: Parser) -> None:
+    group = parser.add_argument_group(
+        "classifier",
+        "After method layer: all up to the matched layer is frozen, the rest is trained with "
+        "cross-entropy by SGD of momentum 0.9 and weight decay 1e-4, its rate times 0.3 when the "
+        "evaluation loss has not improved for 10 epochs. The weights of the run stay as they are.",
+    )
+    parser.flag(
+        group,
+        "--classifier-epochs",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="epochs of this phase (default: 0, without it)",
+    )
+    parser.flag(
+        group, "--classifier-lr", type=amount, metavar="LR", help="learning rate it begins with"
+    )
 
 
 def _method_flags(parser: Parser, group: Any, names: list[str]) -> None:
@@ -273,14 +302,6 @@ def evolution_flags(parser: Parser) -> None:
         help="what the other weights are drawn from: uniform within 1 / sqrt(fan-in), as "
         "published, or what a new network has",
     )
-    flag(
-        group,
-        "--init",
-        choices=("model", "kaiming-normal"),
-        default="model",
-        help="weights of a new network: as the model's code draws them, or convolutions and "
-        "linear layers Kaiming normal with fan-in",
-    )
 
 
 def head_flags(parser: Parser) -> None:
@@ -309,7 +330,7 @@ def head_flags(parser: Parser) -> None:
         metavar="SIDE",
         help="average pool maps to this height and width before a linear head",
     )
-    parser.switch(group, "--pretrained", help="deep: start from timm's published weights")
+    parser.switch(group, "--pretrained", help="deep: start from published weights")
     flag(group, "--initial-checkpoint", metavar="PATH", help="deep: start from these weights")
 
 

@@ -98,13 +98,18 @@ class TransNetKeeper:
 
     That is Var(t - g(x)) / Var(t), both per channel, then averaged. Best is the lowest loss, the
     first on ties. Writes `last.safetensors`, `best.safetensors` and `weights/` of `save_epochs`,
-    each with `metadata`.
+    epoch 0 being the fresh Trans-Net, each with `metadata`.
     """
 
     score_names = ["loss", "residual_share"]  # noqa: RUF012 (never changed)
 
     def __init__(self, run: RunFolder, metadata: dict[str, Any], save_epochs: Collection[int] = ()):
         self.run, self.metadata, self.save_epochs = run, metadata, save_epochs
+
+    def keep_beginning(self, scored: nn.Module) -> None:
+        if 0 in self.save_epochs:
+            metadata = self.metadata | {"epoch": 0, "loss": None}
+            save_weights(self.run.epoch_weights(0), scored, metadata)
 
     @torch.no_grad()
     def evaluate(

@@ -29,6 +29,13 @@ def amount(text: str) -> float:
     return value
 
 
+def factor(text: str) -> float:
+    value = float(text)
+    if not 1 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"must lie in [1, 10], got {text}")
+    return value
+
+
 def fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
