@@ -28,6 +28,7 @@ _NO_NETWORK = {
     "linear": "heads of a frozen teacher",
     "transnet": "a Trans-Net of two networks",
     "tail": "a tail fine-tuned on orders of a feature",
+    "sigma": "sigma maps of a network",
 }
 
 
@@ -106,7 +107,9 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             raise UserError(f"{path} {what}; give run folders, or folders that hold some")
         below = []
         for here, inner, files in os.walk(path):
-            inner[:] = sorted(set(inner) - _INNER)
+            # Within a run, what was trained behind a matched layer: its results have the scores.
+            aside = {"classifier"} if "summary.csv" in files else set()
+            inner[:] = sorted(set(inner) - _INNER - aside)
             if _is_run(Path(here), files) and not _is_chain(Path(here)):
                 below.append(Path(here))
         if not below:
