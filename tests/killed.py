@@ -1,16 +1,20 @@
 """A script that ends by SIGKILL: `python tests/killed.py r:N SCRIPT FLAGS...`, or under torchrun.
 
-Process r is killed at its Nth event; 0 kills none, `r:N:TERM` sends SIGTERM. An event is the
-moment after an optimizer step, or before the disk is made to hold a file or a name is changed,
-so that a kill lands between steps as well as in the middle of saving.
+Process r is killed at its Nth event; 0 kills none, `r:N:TERM` sends SIGTERM. With `r:N:STALL` it
+only holds still there, for longer than all groups of processes wait that are not told for how long.
+An event is the moment after an optimizer step, or before the disk is made to hold a file or a name
+is changed, so that a kill lands between steps as well as in the middle of saving.
 """
 
 import os
 import signal
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 from conftest import load_script
+from torch import distributed
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 count = 0
@@ -19,8 +23,12 @@ count = 0
 def event(*_) -> None:
     global count
     count += 1
-    if count == limit:
-        os.kill(os.getpid(), number)
+    if count != limit:
+        return
+    if kind == "STALL":
+        time.sleep(7)
+    else:
+        os.kill(os.getpid(), signal.SIGTERM if kind == "TERM" else signal.SIGKILL)
 
 
 def before(owner, name: str) -> None:
@@ -33,9 +41,20 @@ def before(owner, name: str) -> None:
     setattr(owner, name, wrapped)
 
 
+def hurry() -> None:
+    genuine = distributed.new_group
+
+    def new_group(*args, **kwargs):
+        return genuine(*args, **{"timeout": timedelta(seconds=3), **kwargs})
+
+    distributed.new_group = new_group
+
+
 if __name__ == "__main__":
-    who, when, *kind = sys.argv[1].split(":")
-    number = signal.SIGTERM if kind else signal.SIGKILL
+    who, when, *kinds = sys.argv[1].split(":")
+    kind = kinds[0] if kinds else "KILL"
+    if kind == "STALL":
+        hurry()
     limit = int(when) if who == os.environ.get("RANK", "0") else 0
     if limit:
         register_optimizer_step_post_hook(event)

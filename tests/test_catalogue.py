@@ -29,7 +29,10 @@ class Pair:
 
 
 # What a refusal says: the reason, and what to do instead.
-UNEQUAL = {"fsp": ("equal channels", "use method at")}
+UNEQUAL = {
+    "fsp": ("equal channels", "use method at"),
+    "layer": ("equal shapes", "--method fitnet"),
+}
 PAIRS = {
     "resnets": Pair("cifar_resnet20", "cifar_resnet8", 32, {}),
     "vit to resnet": Pair("vit_tiny_patch16_224", "resnet10t", 224, UNEQUAL),

@@ -79,7 +79,7 @@ def whole_run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def still_run(tmp_path_factory) -> Path:
-    flags = (*STILL, "--generations", 2, "--experiment", "run")
+    flags = (*STILL, "--generations", 2, "--experiment", "run", "--save-epochs", 0)
     return make(tmp_path_factory.mktemp("still"), *flags)
 
 
@@ -311,6 +311,16 @@ def test_what_is_drawn_anew(still_run):
         if len(new) > 5000:
             assert new.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
     assert len(masks) == 10
+
+
+def test_epoch_0_of_a_generation_is_what_it_begins_with(still_run):
+    """Where nothing moves that is what it ends with."""
+    for generation in (0, 1):
+        folder = still_run / f"generation-{generation}"
+        begun, record = read_weights(folder / "weights/epoch-0000.safetensors")
+        last = read_weights(folder / "last.safetensors")[0]
+        assert checksum(begun) == checksum(last) and record["epoch"] == 0
+    assert checksum(begun) != checksum(read_weights(still_run / "generation-0/last.safetensors")[0])
 
 
 def test_bits_are_drawn_once(wels_run):

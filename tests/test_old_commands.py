@@ -15,10 +15,11 @@ import yaml
 from kdfast.data import dataset_names
 from kdfast.methods.base import _METHODS
 from kdfast.training.parser import Parser
+from kdfast.training.sigma_flags import sigma_flags
 from kdfast.training.transfer_flags import generation_flags
 from kdfast.training.transnet_runs import transnet_parser
 
-from conftest import ROOT  # isort: skip
+from conftest import ROOT, load_script  # isort: skip
 from test_methods import full_parser  # isort: skip
 
 DOCUMENT = (ROOT / "docs/old_commands.md").read_text()
@@ -140,10 +141,14 @@ def test_every_flag_is_ours_or_planned(flag):
     assert spans(old)[0] != old, "old flags are code"
     if found := re.fullmatch(PLANNED, new):
         assert not is_there(found[2]), f"{found[2]} has arrived: give its flag"
+    elif new == "none":
+        assert flag[3], "why there is none"
     else:
-        chain = Parser()
+        chain, sigma = Parser(), Parser()
         generation_flags(chain)
-        parsers = (full_parser(), chain, transnet_parser("train/transnet.py"))
+        sigma_flags(sigma)
+        knowledge = load_script("analysis/knowledge.py").knowledge_parser()
+        parsers = (full_parser(), chain, transnet_parser("train/transnet.py"), sigma, knowledge)
         actions = [action for parser in parsers for action in parser._actions]
         ours = [option for action in actions for option in action.option_strings]
         assert new in [f"`{name}`" for name in (*ours, "CUDA_VISIBLE_DEVICES", "RUN")]
@@ -170,6 +175,9 @@ def options_of(row: Row, run_script) -> dict:
     if "TRANSNET" in flags:
         one = {"linearLayers_conv.0.weight": torch.zeros(2, 2, 3, 3)}
         torch.save(one | {"nonLinearLayers_p_pre": torch.zeros(0)}, "TRANSNET")
+    if script == "analysis/knowledge.py":  # of flags alone
+        parser = load_script(script).knowledge_parser()
+        return {key: str(value) for key, value in parser.given(flags).items()}
     code, out, err = run_script(script, *flags, "--print-config")
     assert code == 0, err
     return yaml.safe_load(out)
@@ -182,7 +190,9 @@ def test_commands_are_understood(row, run_script):
             run_script(row.script[0], "--help")
         return
     options = options_of(row, run_script)
-    assert options["dataset"] in (*dataset_names(), "folder")
+    # Both have it from the runs that they are given.
+    if row.script[0] not in ("analysis/knowledge.py", "train/sigma.py"):
+        assert options["dataset"] in (*dataset_names(), "folder")
 
 
 @pytest.mark.parametrize("row", SCRIPTS, ids=names(SCRIPTS))
@@ -192,7 +202,7 @@ def test_numbers_of_the_old_command_are_kept(row, run_script):
         (project, flag): spans(new)[0].lstrip("-")
         for project, old, new, _ in FLAGS
         for flag in spans(old)
-        if not new.startswith("planned")
+        if not new.startswith(("planned", "none"))
     }
     short = {"b": "batch-size", "j": "workers"}
     other = {"CUDA_VISIBLE_DEVICES", "save-epochs"}  # a variable; a list for an interval
@@ -295,16 +305,45 @@ TRANSNET = {
     "aug": False,
 }
 QUANTIFYING = {
+    "dataset": "ilsvrc-mammals",
     "epochs": 150,
-    "batch-size": 64,
+    "global-batch-size": 64,
     "opt": "momentum",
     "momentum": 0.9,
     "weight-decay": 1e-4,
     "sched": "log",
     "decades": 1.0,
-    "model": "vgg16",
+    "model": "torchvision.models:vgg16",
+    "init": "vgg",
+    "img-size": 224,
+    "train-crop-mode": "crop",
+    "train-resize": 256,
+    "hflip": 0.5,
+    "aug": True,
+    "path-length": ["features.28", "classifier.0", "classifier.3", "classifier.6"],
+    "save-epochs": [0, 2, 5, 10, 15, 20, 25, 30, 40, 50, 70, 90, 110, 130, 150],
     "seed": 0,
 }
+MATCHED = {
+    "teacher": "torchvision.models:vgg16",
+    "teacher-checkpoint": "output/teacher",
+    "student-layers": ["classifier.0"],
+    "methods": {"layer": {"beta": 1.0}},
+    "gamma": 0.0,
+    "lr": 1e-4,
+    "save-epochs": [*range(11), *range(15, 151, 5)],
+}
+LATER = [170, 190, 240, 280, 320, 360, 400]
+SUPPLEMENT = QUANTIFYING | {
+    "model": "torchvision.models:vgg19",
+    "epochs": 800,
+    "lr": 1e-2,
+    "weight-decay": 5e-4,
+    "path-length": ["features.34", "classifier.0", "classifier.3", "classifier.6"],
+    "save-epochs": QUANTIFYING["save-epochs"] + LATER,
+}
+# Of teachers; what is not augmented is trained for 400 epochs.
+LONGEST = {"save-epochs": SUPPLEMENT["save-epochs"] + [800]}
 EVOLUTION = {
     "dataset": "flowers102",
     "model": "resnet18",
@@ -464,10 +503,47 @@ PUBLISHED = {
     },
     "shows images, features and their orders": TRANSNET | {"images": [0, 1], "save-maps": True},
     "computes the variances of the paper": TRANSNET | {"split": "test"},
-    "trains the teacher, from ImageNet weights": QUANTIFYING | {"lr": 1e-3, "pretrained": True},
+    "trains the teacher, from ImageNet weights": QUANTIFYING
+    | {"lr": 1e-3, "pretrained": True, "reset-layers": ["classifier"]},
     "trains the baseline, from scratch": QUANTIFYING | {"lr": 1e-2, "pretrained": False},
-    "trains a teacher from scratch": QUANTIFYING
-    | {"model": "vgg19", "epochs": 800, "lr": 1e-2, "weight-decay": 5e-4},
+    "distils the teacher's layer into the student": QUANTIFYING | MATCHED,
+    "tunes the classifier behind the matched layer": QUANTIFYING
+    | MATCHED
+    | {"classifier-epochs": 100, "classifier-lr": 1e-3},
+    "computes the information a layer discards": {
+        "runs": ["output/student", "output/baseline"],
+        "candidates": 500,
+        "images": 50,
+        "grid": 16,
+        "samples": 96,
+        "initial-sigma": 0.01,
+        "sigma-range": [1e-3, 1.0],
+        "sigma-lr": 1e-4,
+        "steps": 60,
+        "more-steps": 20,
+        "escalation": 1.5,
+        "threshold": -2.8,
+        "seed": 0,
+    },
+    "computes the three metrics, from paths written into the file": {
+        "student": "output/sigma-student-classifier.0-s0",
+        "baseline": "output/sigma-baseline-classifier.0-s0",
+    },
+    "trains a teacher from scratch": SUPPLEMENT
+    | LONGEST
+    | {"vflip": 0.5, "rotation": 30.0, "color-jitter": 1.0, "hue-jitter": 0.5},
+    "trains its baseline, without augmentation": SUPPLEMENT | {"aug": False, "epochs": 400},
+    "distils its student, without augmentation": SUPPLEMENT
+    | MATCHED
+    | {
+        "save-epochs": SUPPLEMENT["save-epochs"],
+        "aug": False,
+        "teacher": "torchvision.models:vgg19",
+        "teacher-checkpoint": "output/teacher/last.safetensors",
+        "epochs": 400,
+        "lr": 1e-3,
+        "sched": "constant",
+    },
 }
 
 

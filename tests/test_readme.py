@@ -38,8 +38,14 @@ def script_commands() -> list[list[str]]:
 @pytest.mark.parametrize("command", script_commands(), ids=" ".join)
 def test_commands_are_understood(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert load_script(command[0]).main([*command[1:], "--print-config"]) == 0
-    assert "dataset:" in capsys.readouterr().out
+    script = load_script(command[0])
+    if command[0] == "analysis/knowledge.py":  # it has nothing to merge
+        script.knowledge_parser().given(command[1:])
+        return
+    assert script.main([*command[1:], "--print-config"]) == 0
+    # With networks, what they were trained on is left to them.
+    wanted = "runs:\n-" if command[0] == "train/sigma.py" and len(command) > 1 else "dataset:"
+    assert wanted in capsys.readouterr().out
 
 
 def test_there_are_two_commands_and_more():
@@ -97,6 +103,20 @@ def test_consistency_is_that_of_the_committed_runs():
         before = [row["before_top1"] for row in csv.DictReader(file)]
     for top1 in before[2:5]:
         assert f"{float(top1):.1f} %" in section
+
+
+def test_knowledge_is_that_of_the_committed_runs():
+    with (ROOT / "benchmarks/results/knowledge-digits.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    section = README.split("## Explain what a layer knows")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    assert len(lines) == 6
+    for line in lines:
+        quantity = line.split("`")[1]
+        own = [row for row in rows if row["quantity"] == quantity]
+        assert [row["seed"] for row in own] == ["0", "1", "2"]
+        shown = [f"{float(row['student']):.3g} / {float(row['baseline']):.3g}" for row in own]
+        assert f"| {' | '.join(shown)} |" in line
 
 
 def named(row: dict[str, str]) -> str:

@@ -299,6 +299,18 @@ def test_subruns(whole_run, trained, teacher_run):
     assert recorded["images"] == {"train": 64, "eval": 64, "classes": 10}, "those of RUN"
 
 
+def test_epoch_0_is_the_whole_network_b(run_script, trained, tmp_path):
+    flags = (*FLAGS, *RUN, "--epochs", 1, "--orders", "11", "--save-epochs", 0, 1)
+    code, _, err = run_script(SCRIPT, trained / "transnet", *flags)
+    assert code == 0, err
+    b = checksum(read_weights(trained / "b/best.safetensors")[0])
+    for part in ("orders-11", "own"):
+        state, record = read_weights(tmp_path / "run" / part / "weights/epoch-0000.safetensors")
+        assert checksum(state) == b and (record["epoch"], record["top1"]) == (0, None)
+        after = read_weights(tmp_path / "run" / part / "weights/epoch-0001.safetensors")[0]
+        assert checksum(after) != b
+
+
 def test_the_head_of_b_is_untouched_and_not_saved(whole_run, trained):
     b = load_file(trained / "b/best.safetensors")
     for name in ("orders-10", "own"):

@@ -23,7 +23,7 @@ from kdfast.training.features import Features
 from kdfast.training.options import parse
 from kdfast.training.setup import load_data, start
 from kdfast.training.tapped import open_tapped
-from kdfast.training.transnet import TransNetObjective, warn_of_saturation
+from kdfast.training.transnet import TransNetObjective, build_transnet, warn_of_saturation
 from kdfast.training.transnet_runs import find_or_train, open_transnet, transnet_parser
 
 SCRIPT = "train/transnet.py"
@@ -59,6 +59,23 @@ def trained(tmp_path_factory, networks):
 def rows_of(run) -> list[dict]:
     with (run / "summary.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def test_epoch_0_is_the_fresh_trans_net(run_script, networks, tmp_path):
+    flags = (*TINY, *networks, "--seed", 3, "--output", ".", "--experiment", "run")
+    code, _, err = run_script(SCRIPT, *flags, "--save-epochs", 0, 1)
+    assert code == 0, err
+    folder = tmp_path / "run/weights"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        f"epoch-000{epoch}.safetensors" for epoch in (0, 1)
+    ]
+    state, record = read_weights(folder / "epoch-0000.safetensors")
+    assert (record["epoch"], record["loss"], record["kind"]) == (0, None, "transnet")
+    expected = build_transnet(options_of("--seed", 3), (record["channels"], 8, 8)).state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    after = load_file(folder / "epoch-0001.safetensors")
+    assert not any(torch.equal(after[name], value) for name, value in expected.items())
 
 
 # The loss.
