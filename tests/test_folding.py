@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 from kdfast.errors import UsageError
 from kdfast.models import Taps, create_model, find_layer, fold_batch_norms, split_at
+from kdfast.models.activated_conv import ActivatedConv2d
 
 
 def trained(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -350,3 +351,84 @@ def test_memory_of_a_kept_layer_that_is_used_again_keeps_no_other():
     for _ in range(8):
         folded = fold_batch_norms(model, torch.zeros(1, 3, 16, 16), keep=["layer1.0.bn2"])
         assert not [m for m in folded.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+
+def activated(network: nn.Module) -> list[str]:
+    return [n for n, module in network.named_modules() if isinstance(module, ActivatedConv2d)]
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [("cifar_resnet8", 4), ("cifar_vgg8", 5), ("resnet18", 9), ("cifar_wrn16_1", 6), ("vgg11", 10)],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_activations_change_no_more_than_rounding(name, count, layout):
+    network = trained(create_model(name, 10)).to(memory_format=layout)
+    x = images(64 if name == "vgg11" else 32, 5).contiguous(memory_format=layout)
+    plain = fold_batch_norms(network, x[:2])
+    fused = fold_batch_norms(network, x[:2], activations=True)
+    assert len(activated(fused)) == count
+    assert not activated(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-6)
+    assert_same(fused, plain, x, 1e-6)  # gradients, where two operations run
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(fused(x), plain(x))
+    with torch.no_grad():
+        assert torch.equal(fused.double()(x.double()), plain.double()(x.double()))
+
+
+class Shown(nn.Module):
+    """A convolution and a ReLU with something between or beside them."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind, inplace = kind, kind.endswith("in place")
+        self.conv, self.act = nn.Conv2d(3, 8, 3), nn.ReLU(inplace=inplace)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.kind.startswith("read before"):
+            scale = y.mean()
+            return self.act(y) * scale
+        if self.kind.startswith("changed before"):
+            y += 1
+            return self.act(y)
+        if self.kind.startswith("twice"):
+            return self.act(y) + self.act(-y)
+        z = self.act(y)
+        return z if self.kind.startswith("alone") else z + y
+
+
+@pytest.mark.parametrize(
+    "kind, fused",
+    [
+        ("alone", True),
+        ("alone in place", True),
+        ("read before", False),
+        ("read before in place", False),
+        ("changed before", False),
+        ("changed before in place", False),
+        ("twice", False),
+        ("used after", False),
+        ("used after in place", True),
+    ],
+)
+def test_who_else_sees_what_a_relu_gets(kind, fused):
+    network, x = trained(Shown(kind)), images()
+    folded = fold_batch_norms(network, x, activations=True)
+    assert bool(activated(folded)) == fused
+    with torch.no_grad():
+        assert torch.equal(folded(x), network(x))
+
+
+@pytest.mark.parametrize(
+    "layer, fused", [("conv1", False), ("act1:in", False), ("bn1", False), ("act1", True)]
+)
+def test_a_tapped_convolution_keeps_its_value(layer, fused):
+    network, x = trained(create_model("cifar_resnet8", 10)), images()
+    folded = fold_batch_norms(network, x, keep=[layer], activations=True)
+    assert ("conv1" in activated(folded)) == fused
+    with torch.no_grad():
+        ours, theirs = (Taps(net, [layer])(x)[1][0] for net in (folded, network))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

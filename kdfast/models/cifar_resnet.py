@@ -37,7 +37,8 @@ class BasicBlock(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
-        return self.act2(x + shortcut)
+        x += shortcut
+        return self.act2(x)
 
 
 class CifarResNet(nn.Module):

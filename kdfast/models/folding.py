@@ -1,11 +1,11 @@
-"""Batch normalisation folded into the layers before it, for networks that are only evaluated."""
+"""Batch normalisation and ReLU folded into the layers before them, for evaluation alone."""
 
 from __future__ import annotations
 
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kdfast.models.activated_conv import ActivatedConv2d, can_fuse
 from kdfast.models.folded_norm import FoldedNorm
 from kdfast.models.taps import find_layer
 
@@ -29,7 +30,11 @@ _NORMS.add(SyncBatchNormAct.forward)
 
 
 def fold_batch_norms(
-    network: nn.Module, example: Tensor | tuple, keep: Iterable[str] = ()
+    network: nn.Module,
+    example: Tensor | tuple,
+    keep: Iterable[str] = (),
+    *,
+    activations: bool = False,
 ) -> nn.Module:
     """A copy of `network` for evaluation, its batch normalisations folded into what is before them.
 
@@ -53,6 +58,8 @@ def fold_batch_norms(
         example: what `network` is called with, of any batch size; a tuple of several arguments.
         keep: layer specs as of `Taps` (`name`, or `name:in` for its input) whose values must stay
             what they are.
+        activations: a convolution applies a ReLU that is alone in using its output, too, where
+            nothing else sees what it was before; the same to rounding.
 
     Returns:
         A copy that shares nothing with `network`. Weights that were folded are new parameters,
@@ -69,11 +76,17 @@ def fold_batch_norms(
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl:
             raise ValueError("fold_batch_norms: fold the plain network, then compile it")
     with torch.inference_mode(False), torch.no_grad():
-        folded = _copy(network)
-        uses = _Uses(folded, keep)
-        uses.watch(example if isinstance(example, tuple) else (example,))
+        folded, keep = _copy(network), list(keep)
+        example = example if isinstance(example, tuple) else (example,)
+        uses = _Uses(folded, keep, _is_layer, _is_norm)
+        uses.watch(example)
         for layer, norm in list(uses.pairs()):
             _fold(layer, norm)
+        if activations:
+            uses = _Uses(folded, keep, can_fuse, _is_relu)
+            uses.watch(example)
+            for conv, relu in list(uses.pairs()):
+                conv.__class__, relu.__class__ = ActivatedConv2d, nn.Identity
     return folded
 
 
@@ -89,22 +102,31 @@ def _copy(network: nn.Module) -> nn.Module:
 
 
 class _Uses(TorchDispatchMode):
-    """Who runs on which tensors in one pass: every operation, not only what modules pass on."""
+    """Who runs on which tensors in one pass: every operation, not only what modules pass on.
 
-    def __init__(self, network: nn.Module, keep: Iterable[str]) -> None:
+    `layers` put out what `followers` may take over; both are told by functions of a module.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        keep: Iterable[str],
+        is_layer: Callable[[nn.Module], bool],
+        is_follower: Callable[[nn.Module], bool],
+    ) -> None:
         super().__init__()
         self.network = network
-        self.layers = [m for m in network.modules() if _is_layer(m)]
-        self.norms = [m for m in network.modules() if _is_norm(m)]
+        self.layers = [m for m in network.modules() if is_layer(m)]
+        self.followers = [m for m in network.modules() if is_follower(m)]
         self.calls: Counter[nn.Module] = Counter()
         self.running: list[nn.Module] = []
         # Storage of a weight or of a layer's output -> those in which operations read or wrote it.
         self.users: dict[int, set[nn.Module | None]] = {
-            _storage(tensor): set() for m in (*self.layers, *self.norms) for tensor in _state(m)
+            _storage(tensor): set() for m in (*self.layers, *self.followers) for tensor in _state(m)
         }
         self.made: dict[nn.Module, Tensor] = {}  # outputs, kept so that no other takes their place
         self.outputs: dict[nn.Module, int] = {}
-        # Normalisation -> the layer whose output it was given.
+        # Follower -> the layer whose output it was given, untouched and unseen until then.
         self.given: dict[nn.Module, nn.Module | None] = {}
         self.seen: set[int] = set()  # storages that a tap or a hook sees
         self.shown: list[object] = []  # those, kept as `made` are
@@ -124,17 +146,20 @@ class _Uses(TorchDispatchMode):
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """The layers and what can be folded into them."""
-        for norm in self.norms:
-            layer = self.given.get(norm)
+        for follower in self.followers:
+            layer = self.given.get(follower)
             if (
                 layer is not None
-                and self.calls[layer] == self.calls[norm] == 1
-                and layer not in self.held
-                and self.outputs[layer] not in self.seen
-                and self.users[self.outputs[layer]] == {norm}
-                and all(self._is_private(module) for module in (layer, norm))
+                and self.calls[layer] == self.calls[follower] == 1
+                and (_works_in_place(follower) or self._is_alone(layer, follower))
+                and all(self._is_private(module) for module in (layer, follower))
             ):
-                yield layer, norm
+                yield layer, follower
+
+    def _is_alone(self, layer: nn.Module, follower: nn.Module) -> bool:
+        """Whether nobody else ever has the output of `layer`; in place, it is `follower`'s too."""
+        place = self.outputs[layer]
+        return layer not in self.held and place not in self.seen and self.users[place] == {follower}
 
     def _is_private(self, module: nn.Module) -> bool:
         return all(self.users[_storage(tensor)] <= {module} for tensor in _state(module))
@@ -169,8 +194,8 @@ class _Uses(TorchDispatchMode):
         for module in self.layers:
             handles.append(module.register_forward_pre_hook(self._enter))
             handles.append(module.register_forward_hook(self._leave_layer))
-        for module in self.norms:
-            handles.append(module.register_forward_pre_hook(self._enter_norm))
+        for module in self.followers:
+            handles.append(module.register_forward_pre_hook(self._enter_follower))
             handles.append(module.register_forward_hook(self._leave))
         try:
             yield
@@ -204,11 +229,13 @@ class _Uses(TorchDispatchMode):
             self.made[module] = output
             self.users.setdefault(_storage(output), set())
 
-    def _enter_norm(self, module: nn.Module, args: tuple) -> None:
+    def _enter_follower(self, module: nn.Module, args: tuple) -> None:
         self._enter(module, args)
-        self.given[module] = next(
-            (layer for layer, output in self.made.items() if args and output is args[0]), None
-        )
+        layer = next((m for m, output in self.made.items() if args and output is args[0]), None)
+        if layer is not None:
+            place = _storage(self.made[layer])
+            untouched = place not in self.seen and not self.users[place]
+            self.given[module] = layer if untouched else None
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -227,6 +254,14 @@ def _is_norm(module: nn.Module) -> bool:
         and module._buffers.get("running_mean") is not None
         and module._buffers.get("running_var") is not None
     )
+
+
+def _is_relu(module: nn.Module) -> bool:
+    return type(module).forward is nn.ReLU.forward
+
+
+def _works_in_place(module: nn.Module) -> bool:
+    return _is_relu(module) and module.inplace
 
 
 def _state(module: nn.Module) -> Iterator[Tensor]:
