@@ -88,6 +88,7 @@ def test_an_unforeseen_error_ends_the_workers_too(teacher_run, tmp_path):
     everywhere = FAULTY.replace('os.environ["RANK"] == "1" and ', "")
     (tmp_path / "faulty.py").write_text(everywhere.replace("FAULT", "raise LookupError('lost')"))
     flags = ("--plugin", "faulty.py", "--method", "faulty", "--no-baseline", "-j", 2, *FEW)
+    flags += ("--on-device", "never")
     flags += ("--teacher", "cifar_resnet8", "--teacher-checkpoint", teacher_run)
     said = finish(command(sys.executable, ROOT / DISTILL, *flags, cwd=tmp_path), 1)
     assert "Traceback" in said and "LookupError: lost" in said
@@ -158,6 +159,7 @@ def test_one_contrast_memory(run_script, teacher_run, tmp_path):
 
 def test_workers_change_nothing(run_script, tmp_path):
     flags = (CLASSIFIER, *FEW, "--epochs", 2, "--output", ".", "--hflip", 0.5)
+    flags += ("--on-device", "never")
     for workers in (0, 2):
         assert run_script(*flags, "--experiment", f"j{workers}", "-j", workers)[0] == 0
     first, second = (load_file(tmp_path / f"j{j}" / "last.safetensors") for j in (0, 2))

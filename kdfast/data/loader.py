@@ -10,7 +10,7 @@ import atexit
 import math
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 
@@ -19,7 +19,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from kdfast.data.sources import UNREADABLE, Source, unreadable
+from kdfast.data.transforms import CropFlip, Transform
 from kdfast.errors import UserError
+from kdfast.ops import Key
 from kdfast.seeding import derive_seed, local_randomness
 
 
@@ -106,7 +108,10 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Batch:
-    """uint8 `images` [B, 3, H, W], int64 `labels` and dataset `indices` [B], and their portion."""
+    """`images` [B, 3, H, W], int64 `labels` and dataset `indices` [B], and their portion.
+
+    Images are uint8 on the host, or float32 where a loader has them on the device, normalised.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -117,7 +122,7 @@ class Batch:
 class _Samples(Dataset):
     """Source and pipeline joined; addressed by (epoch, index), so that a worker needs no state."""
 
-    def __init__(self, source: Source, transform: Callable, classes: int, seed: int):
+    def __init__(self, source: Source, transform: Transform, classes: int, seed: int):
         self.source, self.transform, self.classes, self.seed = source, transform, classes, seed
 
     def __getitem__(self, key: tuple[int, int]):
@@ -127,15 +132,24 @@ class _Samples(Dataset):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 image, label = self.source.read(index)
-            with local_randomness(derive_seed(self.seed, "augment", epoch, index)):
-                pixels = self.transform(image)
+            pixels = self._transformed(image, epoch, index)
         except UNREADABLE as error:
             # Returned, not raised: a worker's exception arrives with the worker's traceback.
             return unreadable(self.source, index, error)
         if not 0 <= label < self.classes:
-            where = self.source.describe(index)
-            return UserError(f"{where} has label {label}, outside the {self.classes} classes")
+            return wrong_label(self.source, index, label, self.classes)
         return pixels, label, index
+
+    def _transformed(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
+        if isinstance(self.transform, CropFlip):
+            return self.transform(image, Key(self.seed, "augment", epoch), index)
+        with local_randomness(derive_seed(self.seed, "augment", epoch, index)):
+            return self.transform(image)
+
+
+def wrong_label(source: Source, index: int, label: int, classes: int) -> UserError:
+    """The line for an image whose label is none of the classes."""
+    return UserError(f"{source.describe(index)} has label {label}, outside the {classes} classes")
 
 
 def _one_line(error: Exception) -> str:
@@ -199,7 +213,7 @@ class Loader:
     def __init__(
         self,
         source: Source,
-        transform: Callable[[Image.Image], torch.Tensor],
+        transform: Transform,
         plan: BatchPlan,
         *,
         classes: int,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops._key import Key
-from kdfast.ops.reference.philox import counter_of, philox
+from kdfast.ops.reference.philox import counter_of, philox, rounds
 
 
 def crop_flip(
@@ -52,6 +52,13 @@ def draw(
     words = philox(key.value, counter_of(zero, indices, zero))
     top, left = ((word * (2 * padding + 1) >> 32) - padding for word in words[:2])
     return top, left, (words[2] >> 31 == 1) if flip else zero.bool()
+
+
+def draw_one(index: int, key: Key, padding: int = 4, flip: bool = True) -> tuple[int, int, bool]:
+    """`draw` for one image, in Python's integers: a tensor of one costs ten times as much."""
+    words = rounds(key.value, *counter_of(0, index, 0))
+    top, left = ((word * (2 * padding + 1) >> 32) - padding for word in words[:2])
+    return top, left, flip and words[2] >> 31 == 1
 
 
 def _source(at: Tensor, size: int, mode: str) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+Word = TypeVar("Word", Tensor, int)
 _MASK = 0xFFFFFFFF
 
 
@@ -13,8 +16,12 @@ def philox(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Te
 
     `key` has 64 bits, signed or not. Counters broadcast.
     """
+    return rounds(key, *torch.broadcast_tensors(*counter))
+
+
+def rounds(key: int, a: Word, b: Word, c: Word, d: Word) -> tuple[Word, Word, Word, Word]:
+    """`philox` of one counter, all words tensors of one shape or all Python integers."""
     low, high = key & _MASK, (key >> 32) & _MASK
-    a, b, c, d = torch.broadcast_tensors(*counter)
     for _ in range(10):
         (p_high, p_low), (q_high, q_low) = _product(0xD2511F53, a), _product(0xCD9E8D57, c)
         a, b, c, d = q_high ^ b ^ low, q_low, p_high ^ d ^ high, p_low
@@ -22,7 +29,7 @@ def philox(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Te
     return a, b, c, d
 
 
-def counter_of(block: Tensor, id: Tensor, sample: Tensor) -> tuple[Tensor, ...]:
+def counter_of(block: Word, id: Word, sample: Word) -> tuple[Word, Word, Word, Word]:
     """The counter of element block `block`, dataset item `id` and `sample`, which broadcast."""
     return block & _MASK, id & _MASK, (id >> 32) & _MASK, sample & _MASK
 
@@ -32,7 +39,7 @@ def uniform(bits: Tensor) -> Tensor:
     return (bits >> 8).to(torch.float32) * 2.0**-24
 
 
-def _product(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
+def _product(constant: int, word: Word) -> tuple[Word, Word]:
     """Upper and lower half of the 64-bit product, without leaving int64."""
     upper, lower = constant >> 16, constant & 0xFFFF
     low = lower * word
