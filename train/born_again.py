@@ -36,6 +36,7 @@ from kdfast.training.run_folder import RunFolder, choose_run
 from kdfast.training.script import script
 from kdfast.training.seeds import for_each_seed
 from kdfast.training.setup import load_data, print_config, start
+from kdfast.training.teacher_cache import check_cache
 from kdfast.training.transfer_flags import generation_flags
 
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
     run_flags(parser)
     options = parse(parser, argv)
     check_chain_flags(options)
+    check_cache(options)
     choice = choose_loss(options)
     if options.print_config:
         print_config(options, **choice.as_yaml())

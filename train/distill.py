@@ -37,6 +37,7 @@ from kdfast.training.run_folder import RunFolder, choose_run
 from kdfast.training.script import script
 from kdfast.training.seeds import for_each_seed
 from kdfast.training.setup import load_data, print_config, start
+from kdfast.training.teacher_cache import check_cache
 from kdfast.training.teaching import require_teacher, settle_heads
 from kdfast.training.transfer_flags import distill_flags
 
@@ -55,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
     for name, chosen in choice.methods.items():
         find_method(name)(**chosen)  # refuses impossible options before anything is loaded
     assistants = choose_assistants(options, choice)
+    check_cache(options)
     if options.print_config:
         print_config(options, **choice.as_yaml())
         return

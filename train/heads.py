@@ -34,6 +34,7 @@ from kdfast.training.run_folder import RunFolder, choose_run
 from kdfast.training.script import script
 from kdfast.training.seeds import for_each_seed
 from kdfast.training.setup import build_model, choose_inputs, load_data, print_config, start
+from kdfast.training.teacher_cache import check_cache
 from kdfast.training.teaching import has_teacher, load_teacher, require_teacher, train_teacher
 from kdfast.training.transfer_flags import head_flags, teacher_flags
 
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Refuse flags that do not go together."""
+    check_cache(options)
     if options.eval_only:
         raise UsageError("--eval-only scores one network; heads are scored while they are trained")
     if options.head_pool and len(options.head_pool) > 2:
@@ -78,6 +80,8 @@ def check(options: argparse.Namespace) -> None:
                 "--kind deep trains the teacher together with its heads; to start it from weights "
                 "give --initial-checkpoint or --pretrained instead"
             )
+        if "teacher_cache" in options.given:
+            raise UsageError("--teacher-cache is of linear heads, whose teacher is frozen; drop it")
         if options.head_pool:
             raise UsageError("--head-pool is of linear heads; deep ones pool to one position")
     elif options.pretrained or options.initial_checkpoint:

@@ -22,6 +22,7 @@ class IntermediateClassifiers(Method):
 
     gamma = 0.0
     heads = "linear"
+    head_features = False
     alpha = Option(0.1, "weight of each member's soft targets", flag="--alpha", least=0.0)
     alphas = Option(
         (), "one weight a member, the final classifier's first; 0 removes a member", least=0.0
