@@ -309,7 +309,7 @@ def build(num_classes, **_):
         ("--opt", "lamb", "--lr", 0.001, "--channels-last"),
         ("--opt", "adafactorbv", "--lr", 0.001),
         ("--opt", "lion", "--lr", 0.0003, "--sched", "cosine", "--sched-on-updates"),
-        ("-j", 2),
+        ("-j", 2, "--on-device", "never"),
         ("--global-batch-size", 30, "--grad-accum-steps", 3, "--drop-last"),
     ],
     ids=lambda extra: str(extra[1]),

@@ -245,7 +245,7 @@ def test_averaged_weights_are_what_is_saved(run_script, tmp_path):
         ("--amp", "--train-limit", 64),
         ("--clip-grad", "1"),
         ("--smoothing", "0.1"),
-        ("--opt", "adamw", "--lr", "0.003"),
+        ("--opt", "adamw", "--lr", "0.003", "--epochs", "4"),
     ],
 )
 def test_switches_train(run_script, flags):
@@ -281,6 +281,47 @@ def test_teacher_contract(run_script, teacher_run, tmp_path):
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     trained = {id(p) for p in objective.parameters()}
     assert not any(id(p) in trained for p in model.parameters())
+
+
+@pytest.mark.parametrize("names", [("kd", "at"), ("crd",), ("fsp",)])
+def test_folded_teacher_answers_alike(names):
+    _, teacher, model = pair(names)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1, generator=draw)
+                module.running_var.uniform_(0.5, 2, generator=draw)
+    images = torch.randn(8, 3, 32, 32, generator=draw)
+    before, live = checksum(model.state_dict()), teacher(images)
+    teacher.fold(images[:2])
+    assert teacher.model is not model and checksum(model.state_dict()) == before
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.model.modules())
+    logits, features, heads = teacher(images)
+    assert heads == ()
+    for ours, theirs in zip((logits, *features), (live[0], *live[1]), strict=True):
+        assert not ours.requires_grad
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_batch_statistics_are_not_folded():
+    _, teacher, model = pair(bn="batch")
+    teacher.fold(torch.randn(2, 3, 32, 32))
+    assert teacher.model is model
+
+
+def test_fold_teacher_changes_rounding_only(run_script, teacher_run, tmp_path):
+    scores = {}
+    for switch in ("--fold-teacher", "--no-fold-teacher"):
+        teacher = ("--teacher", "cifar_resnet8", "--teacher-checkpoint", teacher_run)
+        flags = (*teacher, "--no-baseline", "--experiment", switch[2:])
+        code, out, err = run_script("train/distill.py", *FAST, *flags, switch)
+        assert code == 0, err
+        scores[switch] = json.loads(out.splitlines()[-1])
+    folded, plain = scores.values()
+    assert folded["teacher_top1"] == plain["teacher_top1"]
+    assert folded["last"]["loss"] == pytest.approx(plain["last"]["loss"], rel=0.02)
+    assert folded["last"]["loss"] != plain["last"]["loss"]
 
 
 def test_teacher_graph_changes_no_student_gradient():

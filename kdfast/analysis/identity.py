@@ -15,9 +15,9 @@ _INCIDENTAL = FREE - {"epochs"} | {
 }  # fmt: skip
 # What a network trained on labels alone does not depend on.
 _DISTILLING = {
-    "teacher", "teacher-pretrained", "teacher-kwargs", "teacher-bn", "method", "methods", "alpha",
-    "beta", "gamma", "student-layers", "teacher-layers", "teacher-checksum", "assistants",
-    "assistant-epochs", "init-epochs", "init-lr", "init-decay-milestones", "init-opt",
+    "teacher", "teacher-pretrained", "teacher-kwargs", "teacher-bn", "fold-teacher", "method",
+    "methods", "alpha", "beta", "gamma", "student-layers", "teacher-layers", "teacher-checksum",
+    "assistants", "assistant-epochs", "init-epochs", "init-lr", "init-decay-milestones", "init-opt",
     "init-weight-decay", "init-momentum", "generation", "assistant",
 }  # fmt: skip
 

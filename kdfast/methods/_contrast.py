@@ -29,6 +29,8 @@ class ContrastMemory(nn.Module):
         negatives: K, negatives of each sample.
         temperature: of the scores.
         momentum: of the bank rows.
+        step_images: images a process has between two updates at most, the same on all. Processes
+            that know it need not tell each other how many they have.
 
     Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020, section 3.3.
     """
@@ -45,6 +47,7 @@ class ContrastMemory(nn.Module):
         negatives: int = 16384,
         temperature: float = 0.07,
         momentum: float = 0.5,
+        step_images: int | None = None,
     ):
         super().__init__()
         for name, value in (("size", size), ("dim", dim), ("negatives", negatives)):
@@ -55,6 +58,7 @@ class ContrastMemory(nn.Module):
         if not 0 <= momentum <= 1:
             raise ValueError(f"ContrastMemory: momentum must be in [0, 1], got {momentum}")
         self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
+        self.step_images = step_images
         bound = math.sqrt(3 / dim)  # rows of expected length 1
         self.register_buffer("student_bank", torch.empty(size, dim).uniform_(-bound, bound))
         self.register_buffer("teacher_bank", torch.empty(size, dim).uniform_(-bound, bound))
@@ -119,7 +123,9 @@ class ContrastMemory(nn.Module):
             raise RuntimeError("ContrastMemory: update() takes a forward before it, one each")
         seen = [torch.cat(parts) for parts in zip(*self._seen, strict=True)]
         self._seen.clear()
-        student, teacher, index = _gathered(*seen) if _processes() > 1 else seen
+        if _processes() > 1:
+            seen = _gathered(*seen, self.step_images)
+        student, teacher, index = seen
         ops.contrastive_update_(
             self.student_bank, self.teacher_bank, student, teacher, index, self.momentum
         )
@@ -163,19 +169,30 @@ def _hosts(world: distributed.ProcessGroup) -> distributed.ProcessGroup:
     return distributed.new_group(backend="gloo")
 
 
-def _gathered(student: Tensor, teacher: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of all processes, those of process 0 last; batches may differ in size."""
-    count = torch.tensor([len(index)])
-    counts = count.new_empty(_processes())
-    distributed.all_gather_into_tensor(counts, count, group=_hosts(distributed.group.WORLD))
-    sizes = counts.tolist()
+def _gathered(
+    student: Tensor, teacher: Tensor, index: Tensor, largest: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of all processes, those of process 0 last; batches may differ in size.
+
+    `largest` is that of the processes' batches where they all know it. A smaller one is filled up
+    with its first row, put in front, so that its later rows still count.
+    """
+    if largest is None:
+        count = torch.tensor(len(index))
+        group = _hosts(distributed.group.WORLD)
+        distributed.all_reduce(count, distributed.ReduceOp.MAX, group=group)
+        largest = int(count)
+    if len(index) > largest:
+        raise RuntimeError(
+            f"ContrastMemory: {len(index)} images since the last update, but step_images is "
+            f"{largest}"
+        )
     dim, dtype = student.shape[1], student.dtype
     # One message: the bits of an index travel as numbers.
     rows = torch.cat([student, teacher, index.unsqueeze(1).view(dtype)], 1)
-    padded = rows.new_zeros((max(sizes), rows.shape[1]))
-    padded[: len(rows)] = rows
-    parts = rows.new_empty((len(sizes), *padded.shape))
-    distributed.all_gather_into_tensor(parts.flatten(0, 1), padded)
-    rows = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)][::-1])
+    rows = torch.cat([rows[:1].expand(largest - len(rows), -1), rows])
+    parts = rows.new_empty((_processes(), *rows.shape))
+    distributed.all_gather_into_tensor(parts.flatten(0, 1), rows)
+    rows = parts.flip(0).flatten(0, 1)
     index = rows[:, 2 * dim :].contiguous().view(torch.int64).squeeze(1)
     return rows[:, :dim], rows[:, dim : 2 * dim], index

@@ -97,7 +97,8 @@ class Pairing:
     teacher. `head_layers` are the teacher's layers that its auxiliary classifiers are mounted on,
     in the order of `Outputs.heads`, and `head_widths` the d of their features. `training_labels()`
     gives the class of every training image in the order of their indices. `label_smoothing` is that
-    of the objective's cross-entropy, and of any that a method adds.
+    of the objective's cross-entropy, and of any that a method adds. `step_images` is how many
+    images a process has in an optimizer step at most, the same on all, None where nobody knows.
     """
 
     student_layers: tuple[str, ...]
@@ -111,6 +112,7 @@ class Pairing:
     epochs: int = 1
     seed: int = 0
     label_smoothing: float = 0.0
+    step_images: int | None = None
 
 
 class Method(nn.Module):
@@ -122,6 +124,7 @@ class Method(nn.Module):
         gamma: weight of cross-entropy when this method is used and nobody gives one; None leaves
             the general rule (1, or 1 - alpha beside `kd`).
         heads: the kind of auxiliary classifiers the teacher must have, or None.
+        head_features: whether `forward` reads the features of these, or their logits alone.
         initialises: whether the term can train the layers it reaches alone, in a first stage before
             a main one without it (`--init-epochs`).
         needs_rate: whether no learning rate fits all layers, so that one must be asked for.
@@ -137,6 +140,7 @@ class Method(nn.Module):
     default_weight: ClassVar[float] = 1.0
     gamma: ClassVar[float | None] = None
     heads: ClassVar[str | None] = None
+    head_features: ClassVar[bool] = True
     initialises: ClassVar[bool] = False
     needs_rate: ClassVar[bool] = False
     under_autocast: ClassVar[bool] = False

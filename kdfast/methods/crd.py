@@ -64,7 +64,12 @@ class ContrastiveRepresentation(Method):
         self.embed_student = nn.Linear(student, self.dim)
         self.embed_teacher = nn.Linear(teacher, self.dim)
         self.memory = ContrastMemory(
-            len(targets), self.dim, self.negatives, self.temperature, self.momentum
+            len(targets),
+            self.dim,
+            self.negatives,
+            self.temperature,
+            self.momentum,
+            step_images=pairing.step_images,
         )
         # Of the data, not of the run: they are made anew at every start.
         for name, table in (
@@ -167,7 +172,12 @@ def _enter(owner: ContrastiveRepresentation) -> int:
     return number
 
 
-@torch.library.custom_op("kdfast::crd_observe", mutates_args=("z_student", "z_teacher"))
+# A replayed CUDA graph would leave this out; the compiler cuts its graphs here.
+@torch.library.custom_op(
+    "kdfast::crd_observe",
+    mutates_args=("z_student", "z_teacher"),
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
 def _observe(
     student: Tensor,
     teacher: Tensor,

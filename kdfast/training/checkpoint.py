@@ -157,7 +157,11 @@ def load(
         if average is not None:
             average.load_state_dict(load_file(path / "average.safetensors"))
         tensors = load_file(path / "optimizer.safetensors")
-        optimizer.load_state_dict(_join_optimizer(tensors, state["optimizer"]))
+        joined = _join_optimizer(tensors, state["optimizer"])
+        for group, own in zip(joined["param_groups"], optimizer.param_groups, strict=True):
+            # How an update is computed is this machine's; what it is, is the checkpoint's.
+            group |= {key: own[key] for key in ("foreach", "fused") if key in own}
+        optimizer.load_state_dict(joined)
         _lay_out_like_parameters(optimizer)
         position = Position(int(state["epoch"]), int(state["step"]))
     except (

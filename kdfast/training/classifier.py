@@ -149,7 +149,7 @@ def describe(
 
 # What a network's weights do not depend on.
 _INCIDENTAL = {
-    "workers", "threads", "download", "cache-images",
+    "workers", "threads", "download", "cache-images", "on-device", "teacher-ahead",
 }  # fmt: skip
 
 

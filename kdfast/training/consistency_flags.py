@@ -153,7 +153,7 @@ def tail_flags(parser: Parser) -> None:
 
 
 def refuse_augmentation(options: argparse.Namespace, why: str) -> None:
-    """Refuse flags that change training images; `why` ends the error. Raises `UsageError`."""
+    """Refuse flags of training images; `why` ends the error. Raises `UsageError`."""
     changed = {
         "aug": options.aug,
         "hflip": options.hflip,
@@ -163,6 +163,7 @@ def refuse_augmentation(options: argparse.Namespace, why: str) -> None:
         "aa": options.aa,
         "color_jitter": options.color_jitter,
         "train_crop_mode": options.train_crop_mode not in (None, "none"),
+        "on_device": options.on_device == "always",
     }
     found = [dest for dest, value in changed.items() if value and dest in options.given]
     # Printed options, which may be given again, always have these.

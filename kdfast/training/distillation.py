@@ -22,8 +22,9 @@ from kdfast.training.first_stage import Hints, first_stage_options, train_first_
 from kdfast.training.journal import say
 from kdfast.training.keeper import StudentKeeper
 from kdfast.training.label_phase import check_tail, require_tail, rests, train_tail
-from kdfast.training.loop import Trainer, create_optimizer
+from kdfast.training.loop import Trainer
 from kdfast.training.objective import Choice, Objective, TapPlan, plan_taps
+from kdfast.training.optimizer import create_optimizer
 from kdfast.training.path_length import PathLength, weight_of, weighted_before
 from kdfast.training.run_folder import RunFolder, on_main
 from kdfast.training.setup import (
@@ -37,6 +38,7 @@ from kdfast.training.setup import (
     try_out,
 )
 from kdfast.training.teacher import Teacher
+from kdfast.training.teacher_cache import CachedTeacher, Lesson, cached, fit
 from kdfast.training.teaching import has_teacher, load_teacher, mount_heads, teach
 from kdfast.training.tell import comparison
 
@@ -108,7 +110,9 @@ def assemble(
     adapter = InputAdapter(
         inputs.mean, inputs.std, teacher_inputs.mean, teacher_inputs.std, teacher_inputs.size
     )
-    adapter, model = adapter.to(accelerator.device), model.to(accelerator.device)
+    layout = torch.channels_last if options.channels_last else torch.preserve_format
+    adapter = adapter.to(accelerator.device)
+    model = model.to(accelerator.device, memory_format=layout)
     prepare = preparer(inputs, accelerator, channels_last=options.channels_last)
     batch = next(iter(held_out.epoch(0)))
     example = prepare(batch.images[:2])
@@ -135,6 +139,7 @@ def assemble(
             training_labels=lambda: data.train.labels(),
             epochs=options.epochs,
             seed=options.seed,
+            step_images=train.plan.batch_size * train.plan.accumulation,
         )
         if options.sync_bn:  # of the methods; the student's is there already
             objective.methods = convert_sync_batchnorm(objective.methods)
@@ -197,13 +202,46 @@ def prepare_teacher(
         )
         made.parent = checksum(made.network.state_dict())
     if made.heads:
-        modules = [head.to(accelerator.device) for head in made.heads.modules]
-        made.main.teacher.mount(modules, made.main.plan.head_positions)
         layers = ", ".join(made.heads.layers)
         say(f"{made.heads.kind} heads on {layers}, from {made.heads.where}")
+    ready_teacher(options, accelerator, made)
+
+
+def ready_teacher(options: argparse.Namespace, accelerator: Accelerator, made: Assembly) -> None:
+    """Make the teacher, whose weights are there, answer as fast as the options allow."""
+    if made.heads:
+        modules = [head.to(accelerator.device) for head in made.heads.modules]
+        made.main.teacher.mount(modules, made.main.plan.head_positions)
+    if options.fold_teacher:
+        example = next(iter(made.held_out.epoch(0))).images[:2]
+        for stage in made.stages:
+            stage.teacher.fold(made.prepare(example))
     if options.torchcompile:
         for stage in made.stages:
             stage.teacher.compile()
+
+
+def keep_answers(
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+    data: ImageData,
+    made: Assembly,
+    stage: Stage,
+) -> Teacher | CachedTeacher:
+    """The teacher of `stage`, with what its methods read kept as `--teacher-cache` has it."""
+    methods, own = stage.objective.methods, stage.options
+    lesson = Lesson(
+        own, accelerator, data, made.inputs, made.fed, made.prepare, made.parent,
+        made.heads if stage.teacher.heads else None,
+    )  # fmt: skip
+    links = [f"{key}-{vars(options)[key]}" for key in ("assistant", "generation") if key in options]
+    return cached(
+        stage.teacher,
+        lesson,
+        read={j for _, theirs in stage.objective.views.values() for j in theirs},
+        head_features=any(method.heads and method.head_features for method in methods),
+        part="/".join([*links, *(["first-stage"] if stage is made.first else [])]),
+    )
 
 
 def score_teacher(
@@ -242,6 +280,10 @@ def distill(
     say(f"teacher {options.teacher} -> student {options.model} on {data.name}, into {run.path}")
     for stage in made.stages:
         say_plan(stage, first=stage is made.first)
+    teachers = [
+        keep_answers(options, accelerator, data, made, stage) if stage.choice.methods else None
+        for stage in made.stages
+    ]
     taught = score_teacher(options, accelerator, made)
     say(f"teacher top1 {taught['top1']:.2f}")
     arguments = arguments_of(recorded or options, accelerator, data, **choice.as_yaml())
@@ -262,7 +304,7 @@ def distill(
         if made.first is not None:
             aside, more["first_stage"] = train_first_stage(
                 made.first.options, made.first.choice, accelerator, data, made.first.objective,
-                made.first.teacher, made.inputs, made.prepare, run,
+                teachers[0], made.inputs, made.prepare, run,
                 parent=made.parent, teacher_top1=taught["top1"],
             )  # fmt: skip
             load_weights(made.student, aside.weights("last"))
@@ -282,11 +324,11 @@ def distill(
                 data.parts,
             ),
             arguments,
-            teacher=made.main.teacher if made.main.choice.methods else None,
+            teacher=teachers[-1],
             path=PathLength(made.student, made.path_length) if made.path_length else None,
             resume=resume,
         )
-        scores = trainer.fit()
+        scores = fit(trainer)
         if options.classifier_epochs:
             more["classifier"] = train_tail(
                 recorded or options, accelerator, data, made.main.objective, made.inputs,

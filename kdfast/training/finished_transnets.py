@@ -40,7 +40,7 @@ SPLITS = ("test", "val", "train")
 # Flags of training that a pass over the images has, too: its batches, and the machine.
 _OF_PASSES = {
     "batch_size", "global_batch_size", "grad_accum_steps", "eval_drop_last", "mixed_precision",
-    "threads", "amp", "deterministic", "channels_last", "torchcompile", "ops",
+    "threads", "amp", "deterministic", "channels_last", "torchcompile", "compile_mode", "ops",
 }  # fmt: skip
 _OF_RUNS = {"experiment", "resume", "seeds", "save_epochs", "eval_only"}
 

@@ -25,6 +25,7 @@ from kdfast.training.objective import Choice, Objective
 from kdfast.training.run_folder import RunFolder, on_main
 from kdfast.training.setup import Inputs, arguments_of, make_loaders, metadata
 from kdfast.training.teacher import Teacher
+from kdfast.training.teacher_cache import CachedTeacher, fit
 
 
 class Hints(Objective):
@@ -95,7 +96,7 @@ def train_first_stage(
     accelerator: Accelerator,
     data: ImageData,
     hints: Hints,
-    teacher: Teacher,
+    teacher: Teacher | CachedTeacher,
     inputs: Inputs,
     prepare: Callable[[torch.Tensor], torch.Tensor],
     outer: RunFolder,
@@ -141,7 +142,7 @@ def train_first_stage(
                 teacher=teacher,
                 resume=begun,
             )
-            scores = trainer.fit()
+            scores = fit(trainer)
             batch = train.plan.global_batch
             results = describe(
                 run, options, accelerator, batch, student, inputs, scores, teacher_top1=teacher_top1

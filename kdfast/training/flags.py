@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kdfast.models.initial import INITS
+from kdfast.training.compiled import MODES
 from kdfast.training.parser import Parser
 from kdfast.training.schedules import SCHEDULES
 from kdfast.training.values import (
@@ -164,6 +165,16 @@ def data_flags(parser: Parser) -> None:
         choices=("bilinear", "bicubic", "nearest"),
         default="bilinear",
         help="how images are resized",
+    )
+    flag(
+        group,
+        "--on-device",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="keep images as bytes on the training device, and crop and flip them there, without "
+        "loader processes; results do not depend on it; auto: where all have the size that the "
+        "network is fed, crop mode is pad or none, --hflip 0 or 0.5 and nothing else augments, "
+        "and they take at most a quarter of the device's free memory",
     )
     flag(
         group,
@@ -353,6 +364,13 @@ def training_flags(parser: Parser) -> None:
     )
     switch(group, "--channels-last", help="NHWC memory format")
     switch(group, "--torchcompile", help="compile the training step")
+    flag(
+        group,
+        "--compile-mode",
+        choices=MODES,
+        help="of torch.compile; the others replay CUDA graphs (default: reduce-overhead on a GPU "
+        "without --grad-accum-steps, else default)",
+    )
     flag(
         group,
         "--ops",

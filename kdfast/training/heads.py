@@ -37,6 +37,7 @@ from kdfast.training.objective import Trained
 from kdfast.training.run_folder import RunFolder, on_main
 from kdfast.training.setup import Inputs, arguments_of, make_loaders, metadata, preparer, try_out
 from kdfast.training.teacher import Teacher
+from kdfast.training.teacher_cache import CachedTeacher, Lesson, cached, fit
 
 
 def build_heads(
@@ -266,12 +267,17 @@ def train_linear(
         adapter = adapter.to(accelerator.device)
         teacher = Teacher(network, heads.layers, adapter)
         prepare = preparer(inputs, accelerator, channels_last=options.channels_last)
-        teacher.calibrate(prepare(next(iter(held_out.epoch(0))).images[:2]))
+        example = prepare(next(iter(held_out.epoch(0))).images[:2])
+        teacher.calibrate(example)
+        if options.fold_teacher:
+            teacher.fold(example)
         if options.torchcompile:
             teacher.compile()
         say_heads(heads, records, network)
         taught = evaluate(lambda x: teacher(x)[0], held_out, accelerator, prepare)
         say(f"teacher top1 {taught['top1']:.2f}")
+        lesson = Lesson(options, accelerator, data, inputs, fed, prepare, parent)
+        answers = cached(teacher, lesson)
         keeper = HeadsKeeper(
             run,
             [known | record for record in records],
@@ -283,7 +289,7 @@ def train_linear(
         )
         return _fit(
             options, accelerator, objective, train, held_out, prepare, run, keeper, arguments,
-            heads, network, fed, teacher=teacher, resume=resume, teacher_top1=taught["top1"],
+            heads, network, fed, teacher=answers, resume=resume, teacher_top1=taught["top1"],
         )  # fmt: skip
 
 
@@ -354,7 +360,7 @@ def _fit(
     network: nn.Module,
     inputs: Inputs,
     *,
-    teacher: Teacher | None = None,
+    teacher: Teacher | CachedTeacher | None = None,
     resume: bool,
     **more: Any,
 ) -> dict[str, Any]:
@@ -362,7 +368,7 @@ def _fit(
         accelerator, objective, train, held_out, prepare, run, options, keeper, arguments,
         teacher=teacher, resume=resume,
     )  # fmt: skip
-    scores = trainer.fit()
+    scores = fit(trainer)
     counts = [parameter_count(head) for head in heads.modules]
     scores["heads"] = [
         {"layer": layer, "parameters": count} | found

@@ -9,6 +9,6 @@ FREE = {
     "output", "experiment", "resume", "recipe", "epochs", "save-epochs", "checkpoint-hist",
     "checkpoint-steps", "log-interval", "profile", "workers", "threads", "data-dir", "download",
     "baseline", "amp", "teacher-checkpoint", "teacher-epochs", "heads", "cache-images",
-    "feature-dir",
+    "on-device", "feature-dir", "teacher-ahead", "teacher-cache",
     "classifier-epochs", "classifier-lr",
 }  # fmt: skip

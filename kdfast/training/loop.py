@@ -9,31 +9,34 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import gather_object
-from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 from kdfast.data import Batch, Loader
 from kdfast.errors import Stopped, UsageError, UserError
 from kdfast.seeding import derive_seed, seed_process
 from kdfast.training import checkpoint, journal
+from kdfast.training.ahead import Ready, Side, SideStream, made_ready
 from kdfast.training.checkpoint import Position
+from kdfast.training.compiled import Compiled
 from kdfast.training.interrupt import Interrupt
 from kdfast.training.keeper import Keeper
 from kdfast.training.objective import Trained
+from kdfast.training.optimizer import create_optimizer
 from kdfast.training.path_length import PathLength
 from kdfast.training.profile import Profile
 from kdfast.training.run_folder import RunFolder, on_main
 from kdfast.training.schedules import Schedule
+from kdfast.training.tally import Tally
 from kdfast.training.teacher import Teacher
 from kdfast.training.tell import duration, epoch_line
 
@@ -48,21 +51,6 @@ class Progress:
     position: Position
     sums: list[float]
     seconds: float = 0.0
-
-
-def create_optimizer(objective: nn.Module, options: argparse.Namespace) -> Optimizer:
-    """The optimizer that `options` name; raises `UsageError` when it refuses its settings."""
-    try:
-        return create_optimizer_v2(
-            objective,
-            opt=options.opt,
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            momentum=options.momentum,
-            filter_bias_and_bn=options.filter_bias_and_bn,
-        )
-    except (ValueError, AssertionError) as error:
-        raise UsageError(f"--opt {options.opt}: {error}") from None
 
 
 class Trainer:
@@ -117,9 +105,11 @@ class Trainer:
                 self.optimizer,
                 may_differ=accelerator.scaler is not None or objective.moves_weights,
             )
-        module = torch.compile(objective) if options.torchcompile else objective
+        self.compiled = Compiled(options, accelerator.device) if options.torchcompile else None
+        module = self.compiled(objective) if self.compiled else objective
         self.step_module = accelerator.prepare_model(module)
         self.step_optimizer = accelerator.prepare_optimizer(self.optimizer)
+        self.side = self._side()
         self.tracker = None
 
     def fit(self) -> dict[str, Any]:
@@ -151,9 +141,15 @@ class Trainer:
             self.held_out.close()
             # The next network of this process is not to share anything with this one.
             self.accelerator.free_memory()
-            if options.torchcompile:
+            if self.compiled:
                 torch.compiler.reset()
         return dict(self.history)
+
+    def _side(self) -> Side | None:
+        """Where the teacher works ahead; None where it does not."""
+        device = self.accelerator.device
+        ahead = self.teacher is not None and self.options.teacher_ahead
+        return SideStream(device) if ahead and device.type == "cuda" else None
 
     def _run_epoch(self, epoch: int) -> None:
         options = self.options
@@ -167,12 +163,12 @@ class Trainer:
             # Dropout is then a function of (seed, epoch, process), whatever ran before.
             rank = self.accelerator.process_index
             seed_process(derive_seed(options.seed, "train", epoch, rank))
-        sums = self._train_epoch(started)
-        losses, images = self._means(sums)
+        tally = self._train_epoch(started)
+        losses, images = self._means(tally)
         trained = time.perf_counter() - started
         self._share_state()
         due = (epoch + 1) % options.val_interval == 0 or epoch + 1 == options.epochs
-        scores = self._evaluate(sums, started) if due else dict.fromkeys(self.keeper.score_names)
+        scores = self._evaluate(tally, started) if due else dict.fromkeys(self.keeper.score_names)
         if due and "loss" in scores:
             self.schedule.losses.append(scores["loss"])
         row = {"epoch": epoch + 1}
@@ -189,13 +185,12 @@ class Trainer:
         on_main(self.accelerator, lambda: self._close_epoch(row, better))
         self._save()
 
-    def _train_epoch(self, started: float) -> torch.Tensor:
-        """The rest of the epoch at hand; returns this process's sums."""
-        accelerator, device, options = self.accelerator, self.accelerator.device, self.options
+    def _train_epoch(self, started: float) -> Tally:
+        """The rest of the epoch at hand; returns this process's tally."""
+        accelerator, options = self.accelerator, self.options
         epoch, done = self.progress.position
         steps = self.train.plan.steps
-        sums = torch.tensor(self.progress.sums, dtype=torch.float64, device=device)
-        self.first_bad = torch.full_like(sums[:-1], math.inf)
+        tally = Tally(self.progress.sums)
         self._train_mode()
         bar = tqdm(
             total=steps,
@@ -205,13 +200,15 @@ class Trainer:
             leave=False,
         )
         self.schedule.start_step(epoch * steps + done)
+        batches = self.train.epoch(epoch, first_step=done)
         with bar:
-            for batch in self.train.epoch(epoch, first_step=done):
-                if batch.portion.starts_step and (number := self.interrupt.agreed()):
-                    self._stop(number, sums, started)
-                sums[:-1] += self._micro_step(batch, epoch * steps + done + 1)
-                sums[-1] += batch.portion.count
-                if not batch.portion.ends_step:
+            for batch in made_ready(batches, partial(self._make_ready, epoch), self.side):
+                portion = batch.portion
+                if portion.starts_step and (number := self.interrupt.agreed()):
+                    self._stop(number, tally, started)
+                total, terms = self._micro_step(batch)
+                tally.add(total, terms, portion.count, epoch * steps + done + 1)
+                if not portion.ends_step:
                     continue
                 self._update()
                 done += 1
@@ -220,47 +217,58 @@ class Trainer:
                 self.profile.step()
                 self.schedule.start_step(epoch * steps + done)
                 if done % options.log_interval == 0:
-                    means, _ = self._means(sums)
+                    means, _ = self._means(tally)
                     shown = {name: f"{value:.4g}" for name, value in means.items()}
                     bar.set_postfix({"left": self._time_left(), **shown})
                 within = done < steps and options.checkpoint_steps
                 if within and done % options.checkpoint_steps == 0:
-                    self._pause(sums, started)
+                    self._pause(tally, started)
                     self._save()
-        return sums
+        return tally
 
     def _update(self) -> None:
         """One optimizer step on the gradients gathered so far."""
         if self.options.clip_grad:
             self.accelerator.clip_grad_norm_(self.objective.parameters(), self.options.clip_grad)
-        self.step_optimizer.step()
-        self.step_optimizer.zero_grad()
+        # accelerate's wrapper looks for packages at every step; only gradient scaling needs it.
+        scaled = self.accelerator.scaler is not None
+        (self.step_optimizer if scaled else self.optimizer).step()
+        self.optimizer.zero_grad()
         self.objective.after_step()
         if self.path is not None:
             self.path.after_step()
         if self.average is not None and self.accelerator.is_main_process:
             self.average.update(self.objective.student)
 
-    def _micro_step(self, batch: Batch, step: int) -> torch.Tensor:
-        """Forward and backward; returns total and terms times the images, float64 [1 + terms]."""
-        accelerator, portion = self.accelerator, batch.portion
+    def _make_ready(self, epoch: int, batch: Batch) -> Ready:
+        """`batch` of the 0-based `epoch` on the device, with the teacher's answer."""
         images = self.prepare(batch.images)
         labels, indices = (
-            tensor.to(accelerator.device, non_blocking=True)
+            tensor.to(self.accelerator.device, non_blocking=True)
             for tensor in (batch.labels, batch.indices)
         )
         taught: tuple = ()
         if self.teacher is not None:
-            with accelerator.autocast():
-                taught = self.teacher(images)
-        wait = not portion.ends_step
+            with self.accelerator.autocast():
+                taught = self.teacher(images, indices, epoch)
+        return Ready(batch.portion, images, labels, indices, taught)
+
+    def _micro_step(self, batch: Ready) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward; returns total [] and terms [terms]."""
+        accelerator, weight = self.accelerator, batch.portion.weight
+        if self.compiled:
+            self.compiled.begin_step()
+        wait = not batch.portion.ends_step
         with accelerator.no_sync(self.step_module) if wait else nullcontext():
-            total, terms, _ = self._forward(images, labels, *taught, indices=indices)
-            accelerator.backward(total * portion.weight)
-        values = torch.cat([total.detach().reshape(1), terms]).double()
-        bad = ~torch.isfinite(values) & torch.isinf(self.first_bad)
-        self.first_bad = torch.where(bad, float(step), self.first_bad)
-        return values * portion.count
+            total, terms, _ = self._forward(
+                batch.images, batch.labels, *batch.taught, indices=batch.indices
+            )
+            loss = total if weight == 1 else total * weight
+            if accelerator.scaler is None:
+                loss.backward()
+            else:
+                accelerator.backward(loss)
+        return total, terms
 
     def _forward(self, images: torch.Tensor, *others: Any, **more: Any):
         try:
@@ -273,11 +281,13 @@ class Trainer:
                 ) from None
             raise
 
-    def _means(self, sums: torch.Tensor) -> tuple[dict[str, float], int]:
+    def _means(self, tally: Tally) -> tuple[dict[str, float], int]:
         """Means over all processes so far, and images; raises `UserError` for one not finite."""
-        *totals, count = self.accelerator.reduce(sums, "sum").tolist()
+        device = self.accelerator.device
+        *totals, count = self.accelerator.reduce(tally.sums.to(device), "sum").tolist()
         if not all(map(math.isfinite, totals)):
-            bad = self.accelerator.gather(self.first_bad[None]).amin(0).tolist()
+            first_bad = tally.first_bad.to(device)
+            bad = self.accelerator.gather(first_bad[None]).amin(0).tolist()
             step = min(bad)
             # The total goes bad with any term; the term is the news.
             pairs = reversed(list(zip(self.names, bad, strict=True)))
@@ -317,10 +327,10 @@ class Trainer:
         for tensor in shared:
             torch.distributed.broadcast(tensor, 0)
 
-    def _evaluate(self, sums: torch.Tensor, started: float) -> dict[str, float]:
+    def _evaluate(self, tally: Tally, started: float) -> dict[str, float]:
         def before_batch() -> None:
             if number := self.interrupt.agreed():
-                self._stop(number, sums, started)
+                self._stop(number, tally, started)
 
         scored = self.scored.eval()
         return self.keeper.evaluate(
@@ -361,19 +371,19 @@ class Trainer:
             return ""
         return duration(spent * (1 - done) / (done - self.share_before))
 
-    def _pause(self, sums: torch.Tensor, started: float) -> None:
+    def _pause(self, tally: Tally, started: float) -> None:
         """Note what the unfinished epoch has added up, which must be finite to be saved."""
         if self.progress.position.step:
-            self._means(sums)
-        self.progress.sums = sums.tolist()
+            self._means(tally)
+        self.progress.sums = tally.sums.tolist()
         self.progress.seconds = time.perf_counter() - started
 
-    def _stop(self, number: int, sums: torch.Tensor, started: float) -> None:
+    def _stop(self, number: int, tally: Tally, started: float) -> None:
         """Write a checkpoint of where the run is, and end it."""
         position = self.progress.position
         if position == Position(0):
             raise Stopped(number, " before the first step; nothing is saved yet")
-        self._pause(sums, started)
+        self._pause(tally, started)
         kept = self.run.checkpoints / position.name()
         if not on_main(self.accelerator, kept.exists):
             self._save()

@@ -34,8 +34,8 @@ _FOLDER = "networks"
 # hold for the networks where the user gave them, those of optimisation are the Trans-Net's.
 _SHARED = {
     "dataset", "data_dir", "train_split", "val_split", "test_split", "train_limit", "eval_limit",
-    "num_classes", "train_half", "workers", "cache_images", "mixed_precision", "threads",
-    "deterministic", "ops", "output", "checkpoint_hist", "log_interval",
+    "num_classes", "train_half", "workers", "cache_images", "on_device", "mixed_precision",
+    "threads", "deterministic", "ops", "output", "checkpoint_hist", "log_interval",
 }  # fmt: skip
 
 

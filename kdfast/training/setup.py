@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from PIL import Image
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from torch import nn
@@ -26,13 +25,13 @@ from kdfast.data import (
     Augmentation,
     BatchPlan,
     ImageData,
-    Loader,
+    Normalise,
     Source,
     eval_transform,
     open_data,
-    to_float,
     train_transform,
 )
+from kdfast.data.transforms import Pipeline, Transform
 from kdfast.errors import UsageError, UserError
 from kdfast.models import (
     architecture,
@@ -45,7 +44,8 @@ from kdfast.models import (
 )
 from kdfast.models.initial import initialise
 from kdfast.seeding import derive_seed
-from kdfast.training import processes
+from kdfast.training import on_device, processes
+from kdfast.training.compiled import Compiled
 from kdfast.training.image_cache import cache_images
 from kdfast.training.journal import say
 from kdfast.training.options import batch_size
@@ -73,15 +73,11 @@ def start(options: argparse.Namespace) -> Accelerator:
             ops.use(options.ops)
         except RuntimeError as error:
             raise UserError(str(error)) from None
-    # Cross-entropy is in the graph at any gamma, so every parameter of a student is used; in a
-    # first stage, which has none, those without a gradient do not ask for one.
-    # On a CPU, looking for unused ones keeps DDP from regrouping gradients after the first step: a
-    # resumed run of three or more processes would add them in another order.
-    # Buffers need no broadcast in every step: running statistics are the main process's at the end
-    # of an epoch, and a contrast memory is the same everywhere.
-    wrapper = DistributedDataParallelKwargs(
-        broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=not gpu
-    )
+    if getattr(options, "torchcompile", False):
+        Compiled(options, torch.device("cuda" if gpu else "cpu"))  # refuses impossible modes
+    elif getattr(options, "compile_mode", None):
+        raise UsageError("--compile-mode is of --torchcompile, which is not given")
+    wrapper = gradient_sharing(gpu, accumulates=getattr(options, "grad_accum_steps", 1) > 1)
     warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
     options.mixed_precision = precision  # what is recorded is what ran, whoever chose it
     threads = options.threads or (None if gpu else _own_cores())
@@ -90,6 +86,24 @@ def start(options: argparse.Namespace) -> Accelerator:
         torch.set_num_threads(threads)
     processes.start(os.path.basename(sys.argv[0]))
     return accelerator
+
+
+def gradient_sharing(gpu: bool, *, accumulates: bool) -> DistributedDataParallelKwargs:
+    """How the processes of a run add up their gradients, on GPUs or on CPUs."""
+    # Cross-entropy is in the graph at any gamma, so every parameter of a student is used; in a
+    # first stage, which has none, those without a gradient do not ask for one. The graph is then
+    # the same in every step. A static one, however, is learnt in the first backward, which must not
+    # be one that only accumulates.
+    # On a CPU, looking for unused ones keeps DDP from regrouping gradients after the first step: a
+    # resumed run of three or more processes would add them in another order.
+    # Buffers need no broadcast in every step: running statistics are the main process's at the end
+    # of an epoch, and a contrast memory is the same everywhere.
+    return DistributedDataParallelKwargs(
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=not gpu,
+        static_graph=gpu and not accumulates,
+    )
 
 
 def _own_cores() -> int | None:
@@ -255,12 +269,48 @@ def weights_path(path: str | Path) -> Path:
 
 def make_loaders(
     options: argparse.Namespace, data: ImageData, inputs: Inputs, accelerator: Accelerator
-) -> tuple[Loader, Loader]:
-    """Training and evaluation batches of this process."""
-    native = data.image_size
+) -> tuple[on_device.AnyLoader, on_device.AnyLoader]:
+    """Training and evaluation batches of this process, for a network that is fed `inputs`.
+
+    Where the images are on the device, batches are normalised already, as `preparer` would.
+    """
     held_out = evaluation_transform(options, data, inputs.size)
-    small = native is not None and inputs.size == (native, native)
-    augmentation = Augmentation(
+    training = training_transform(options, data, inputs.size)
+    common = loader_settings(options, data, accelerator)
+    evaluated = eval_plan(options, data.eval, accelerator)
+    if options.eval_drop_last:
+        for name, part in data.parts.items():
+            if evaluated.steps * evaluated.global_batch <= part.start:
+                raise UsageError(
+                    f"--eval-drop-last leaves no image of {name} in the evaluation split of "
+                    f"{data.name}; lower --batch-size"
+                )
+    planned = train_plan(options, data, data.train, accelerator)
+    train, evaluation = on_device.loaders(
+        options,
+        data,
+        [
+            on_device.Part("training", data.train, training, planned, augmented=options.aug),
+            on_device.Part("evaluation", data.eval, held_out, evaluated, augmented=False),
+        ],
+        inputs.size,
+        inputs.mean,
+        inputs.std,
+        accelerator.device,
+        **common,
+    )
+    return train, evaluation
+
+
+def training_augmentation(
+    options: argparse.Namespace, data: ImageData, size: tuple[int, int]
+) -> Augmentation | None:
+    """How training images of `size` are augmented; None with `--no-aug`."""
+    if not options.aug:
+        return None
+    native = data.image_size
+    small = native is not None and size == (native, native)
+    return Augmentation(
         crop=options.train_crop_mode or ("pad" if small else "rrc" if native is None else "none"),
         padding=options.crop_padding,
         padding_mode={"zeros": "constant"}.get(options.padding_mode, options.padding_mode),
@@ -274,27 +324,21 @@ def make_loaders(
         resize=options.train_resize,
         auto_augment=options.aa,
     )
-    training = held_out
-    if options.aug:
-        training = train_transform(inputs.size, augmentation, options.interpolation, native)
-    common = loader_settings(options, data, accelerator)
-    evaluated = eval_plan(options, data.eval, accelerator)
-    if options.eval_drop_last:
-        for name, part in data.parts.items():
-            if evaluated.steps * evaluated.global_batch <= part.start:
-                raise UsageError(
-                    f"--eval-drop-last leaves no image of {name} in the evaluation split of "
-                    f"{data.name}; lower --batch-size"
-                )
-    return (
-        Loader(data.train, training, train_plan(options, data, data.train, accelerator), **common),
-        Loader(data.eval, held_out, evaluated, **common),
-    )
+
+
+def training_transform(
+    options: argparse.Namespace, data: ImageData, size: tuple[int, int]
+) -> Transform:
+    """The pipeline of training images, to `size`."""
+    augmentation = training_augmentation(options, data, size)
+    if augmentation is None:
+        return evaluation_transform(options, data, size)
+    return train_transform(size, augmentation, options.interpolation, data.image_size)
 
 
 def evaluation_transform(
     options: argparse.Namespace, data: ImageData, size: tuple[int, int]
-) -> Callable[[Image.Image], torch.Tensor]:
+) -> Pipeline:
     """The pipeline without augmentation, to images of `size`."""
     mode = options.crop_mode or "center"
     return eval_transform(size, options.crop_pct, options.interpolation, data.image_size, mode)
@@ -354,16 +398,18 @@ def eval_plan(options: argparse.Namespace, source: Source, accelerator: Accelera
 def preparer(
     inputs: Inputs, accelerator: Accelerator, *, channels_last: bool
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """uint8 [N, 3, H, W] on the host to normalised float32 on the device."""
-    mean, std = (
-        torch.tensor(values, device=accelerator.device).view(1, 3, 1, 1)
-        for values in (inputs.mean, inputs.std)
-    )
+    """uint8 [N, 3, H, W] on the host to normalised float32 on the device.
+
+    What is floating already, as loaders on the device give it, stays as it is.
+    """
+    normalise = Normalise(inputs.mean, inputs.std, accelerator.device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def prepare(images: torch.Tensor) -> torch.Tensor:
+        if images.is_floating_point():
+            return images
         images = images.to(accelerator.device, non_blocking=True)
-        return to_float(images, mean, std).contiguous(memory_format=layout)
+        return normalise(images).contiguous(memory_format=layout)
 
     return prepare
 

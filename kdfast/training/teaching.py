@@ -215,5 +215,6 @@ def _options_of_teacher(options: argparse.Namespace) -> argparse.Namespace:
 def _options_of_heads(options: argparse.Namespace, kind: str) -> argparse.Namespace:
     own = _options_of_teacher(options)
     own.teacher, own.teacher_kwargs = options.teacher, own.model_kwargs
+    own.fold_teacher, own.teacher_ahead = options.fold_teacher, options.teacher_ahead
     own.kind, own.head_pool, own.teacher_layers = kind, None, None
     return own

@@ -52,7 +52,34 @@ def teacher_flags(parser: Parser) -> Any:
         default=8,
         help="epochs of the teacher, and of heads, that are trained on digits when none are given",
     )
+    parser.switch(
+        group,
+        "--fold-teacher",
+        default=True,
+        help="fold its batch normalisations into its convolutions: the same to rounding, but "
+        "faster",
+    )
+    parser.switch(
+        group,
+        "--teacher-ahead",
+        default=True,
+        help="on a GPU, have it answer the next batch while the student trains on this one",
+    )
+    cache_flag(parser, group)
     return group
+
+
+def cache_flag(parser: Parser, group: Any) -> None:
+    parser.flag(
+        group,
+        "--teacher-cache",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="keep the answers of a frozen teacher instead of computing them in every epoch; auto: "
+        "in memory, where training images are the same in every epoch and the answers take at most "
+        "a quarter of a GPU's free memory, or 4 GiB and half of the machine's; PATH: also in that "
+        "folder, for later runs; augmented images are then replayed from it with the same seed",
+    )
 
 
 def distill_flags(parser: Parser) -> None:
@@ -261,6 +288,7 @@ def generation_flags(parser: Parser) -> None:
         metavar="KEY=VALUE",
         help="arguments for its constructor (default: those its checkpoint was trained with)",
     )
+    cache_flag(parser, group)
     group = parser.add_argument_group(
         "loss of generations 1 and up", "cross-entropy + lambda * cross-entropy with the teacher"
     )

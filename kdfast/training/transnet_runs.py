@@ -41,7 +41,7 @@ _INCIDENTAL = (FREE - {"epochs"}) | {
 # What a Trans-Net shares with the script that needs it, besides data and pair.
 _SHARED = (
     "seed", "output", "threads", "mixed_precision", "amp", "deterministic", "channels_last", "ops",
-    "torchcompile", "given",
+    "torchcompile", "compile_mode", "given",
 )  # fmt: skip
 
 
