@@ -90,16 +90,22 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
     """
     if device == "cuda":
         step()
+    rise = peak_from_now(device)
+    step()
+    return rise()
+
+
+def peak_from_now(device: str) -> Callable[[], int]:
+    """A function that tells the most bytes held since, beyond what is held now."""
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not serve the step
+        allocated = torch.cuda.memory_allocated()
+        return lambda: torch.cuda.max_memory_allocated() - allocated
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not serve what comes
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
     before = _resident("VmRSS")
-    step()
-    return _resident("VmHWM") - before
+    return lambda: _resident("VmHWM") - before
 
 
 def _resident(name: str) -> int:

@@ -2,14 +2,18 @@
 # Everything that needs a GPU, in one command: build, tests, compute-sanitizer, benchmarks.
 #
 #     benchmarks/gpu.sh [--output DIR]     DIR defaults to benchmarks/results
+#     benchmarks/gpu.sh --training         whole training loops instead of tests and operations
 #
 # Needs nvcc and an environment with torch, timm and accelerate; no network. DIR receives
 # ops-<device>.jsonl and .md, and gpu-<device>.txt with the device, versions, date and the outcome
-# of every stage. A stage that fails does not stop the others; the exit status is then 1.
+# of every stage; or the same of training-<device> and gpu-training-<device>, and
+# training-profile-<device>.md. A stage that fails does not stop the others; the exit status is
+# then 1. Either takes at most ten minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 output=benchmarks/results
+training=
 while [ $# -gt 0 ]; do
     case "$1" in
         --output)
@@ -17,12 +21,16 @@ while [ $# -gt 0 ]; do
             output=$2
             shift 2
             ;;
+        --training)
+            training=1
+            shift
+            ;;
         -h | --help)
             sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "$0"
             exit 0
             ;;
         *)
-            echo "gpu.sh: error: unknown argument $1; the only one is --output DIR" >&2
+            echo "gpu.sh: error: unknown argument $1; there are --output DIR and --training" >&2
             exit 2
             ;;
     esac
@@ -35,7 +43,7 @@ if [ -z "$device" ]; then
 fi
 slug=$(tr -cs '[:alnum:]\n' '-' <<< "${device,,}" | sed 's/-*$//')
 mkdir -p "$output" || exit 2
-report=$output/gpu-$slug.txt
+report=$output/gpu${training:+-training}-$slug.txt
 export HF_HUB_OFFLINE=1
 
 {
@@ -74,6 +82,16 @@ stage() {
 
 stage 120 build pip install --no-build-isolation --no-deps --quiet -e .
 stage 20 "what was built" python -m kdfast
+if [ -n "$training" ]; then
+    loops=("at+kd" crd "wrn kd" "dih loop")
+    stage 330 "training loops" python benchmarks/training.py --device cuda \
+        --rows "${loops[@]}" heads dih --output "$output/training-$slug.jsonl"
+    stage 60 profile python benchmarks/training.py --device cuda --profile --rows "at+kd" crd \
+        --output "$output/training-profile-$slug.md"
+    echo
+    cat "$report"
+    exit $failed
+fi
 stage 120 tests python -m pytest -q tests/test_ops_*.py tests/test_emulator.py -k cuda
 
 # The sanitizer sees the emulator's cases, which are small and reach every kernel.

@@ -4,11 +4,13 @@
     python benchmarks/training.py --device cuda --output benchmarks/results/training-h200.jsonl
     python benchmarks/training.py --rows heads --quick
 
-A step is the teacher's forward pass, the objective's forward and backward pass and the optimizer's
-step, batch 64 at 32x32, 100 classes, float32, channels_last. The forms of a row are interleaved in
-one process; median with 10th and 90th percentile, and the ratio is the median of the rounds' own.
-One JSON line a row goes to stdout and --output, where rows measured before stay; a Markdown table
-goes next to it.
+Rows `at+kd`, `crd`, `wrn kd` and `dih loop` train with the loop, loader, teacher and losses of
+train/distill.py against benchmarks/published.py, reading of images included. In the others a step
+is the teacher's forward pass, the objective's forward and backward pass and the optimizer's step.
+All: batch 64 at 32x32, 100 classes, float32, ours channels_last. The forms of a row are interleaved
+in one process; median with 10th and 90th percentile, the ratio is the median of the rounds. One
+JSON line a row goes to stdout and --output, where rows measured before stay; a Markdown table goes
+next to it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import loops
 import torch
+import where
 from common import environment, kept, markdown, side_by_side, summary, write_results
 from torch import nn
 
@@ -142,6 +146,7 @@ def dih(device: str) -> Row:
 
 
 ROWS = {"heads": heads, "dih": dih}
+ALL = [*loops.PAIRS, *ROWS]
 
 
 def measure(row: Row, device: str, rounds: int) -> dict[str, object]:
@@ -169,12 +174,13 @@ def table(results: list[dict]) -> str:
             for form, t in result["times"].items()
         )
         goal = f"{'at least' if over != result['row'] else 'at most'} {result['goal']}"
+        goal += f": {'met' if result['met'] else '**missed**'}"
         lines.append(
             {
                 "step": result["what"],
                 "median (10th-90th percentile)": "; ".join(forms),
                 "ratio": f"{over} / {under} = {result['ratio']:.2f}",
-                "goal": f"{goal}: {'met' if result['met'] else '**missed**'}",
+                "goal": goal if result["goal"] else "",
             }
         )
     return markdown(lines)
@@ -184,21 +190,40 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=ALL, default=ALL, metavar="ROW")
     parser.add_argument("--output", type=Path, help="JSON lines; the table goes to the same .md")
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 15")
+    parser.add_argument("--compile", action="store_true", help="ours with --torchcompile")
+    parser.add_argument("--profile", action="store_true", help="only say where the time goes")
+    parser.add_argument("--peak", nargs=2, metavar=("ROW", "FORM"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.peak:
+        print(loops.peak(*args.peak, args.device))
+        return 0
 
     torch.manual_seed(0)
-    where = environment(args.device)
+    place = environment(args.device)
+    machine = f"{place['device']}, torch {place['torch']}, batch {BATCH}, {SIZE[0]}x{SIZE[1]}\n\n"
+    if args.profile:
+        chosen = [name for name in args.rows if name in loops.PAIRS]
+        text = machine + where.table({n: loops.profiles(n, args.device) for n in chosen}) + "\n"
+        print(text)
+        if args.output:
+            args.output.with_suffix(".md").write_text(text)
+        return 0
     results = kept(args.output, args.rows)
     for name in args.rows:
-        row = ROWS[name](args.device)
-        results.append({**measure(row, args.device, 3 if args.quick else 15), **where})
+        if name in loops.PAIRS:
+            rounds, steps = (2, 4) if args.quick else (5, 8)
+            found = loops.measure(name, args.device, rounds, steps, compiled=args.compile)
+        else:
+            found = measure(ROWS[name](args.device), args.device, 3 if args.quick else 15)
+        results.append(found | place)
         print(json.dumps(results[-1]), flush=True)
-    results.sort(key=lambda result: list(ROWS).index(result["row"]))
-    text = f"{where['device']}, torch {where['torch']}, batch {BATCH}, {SIZE[0]}x{SIZE[1]}\n\n"
-    text += table(results) + "\n"
+    results.sort(key=lambda result: ALL.index(result["row"]))
+    text = machine + table(results) + "\n"
+    if loop_rows := [result for result in results if result["row"] in loops.PAIRS]:
+        text += "\n" + loops.details(loop_rows) + "\n"
     print(f"\n{text}")
     write_results(args.output, results, text)
     return 0
