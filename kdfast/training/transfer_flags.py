@@ -52,6 +52,12 @@ def teacher_flags(parser: Parser) -> Any:
         default=8,
         help="epochs of the teacher, and of heads, that are trained on digits when none are given",
     )
+    answer_flags(parser, group)
+    return group
+
+
+def answer_flags(parser: Parser, group: Any) -> None:
+    """How a frozen teacher answers."""
     parser.switch(
         group,
         "--fold-teacher",
@@ -65,11 +71,6 @@ def teacher_flags(parser: Parser) -> Any:
         default=True,
         help="on a GPU, have it answer the next batch while the student trains on this one",
     )
-    cache_flag(parser, group)
-    return group
-
-
-def cache_flag(parser: Parser, group: Any) -> None:
     parser.flag(
         group,
         "--teacher-cache",
@@ -288,7 +289,7 @@ def generation_flags(parser: Parser) -> None:
         metavar="KEY=VALUE",
         help="arguments for its constructor (default: those its checkpoint was trained with)",
     )
-    cache_flag(parser, group)
+    answer_flags(parser, group)
     group = parser.add_argument_group(
         "loss of generations 1 and up", "cross-entropy + lambda * cross-entropy with the teacher"
     )
