@@ -666,7 +666,7 @@ nets = (tapped("a", 0), tapped("b", 1))
 feats = Features(options(Path(sys.argv[1])), accelerator, noise(), nets)
 loader = feats.loader("train")
 count = sum(batch.portion.count for batch in loader.epoch(0))
-print(accelerator.num_processes, writes, count)
+sys.stdout.write(f"{accelerator.num_processes} {writes} {count}\\n")
 loader.close()
 if accelerator.num_processes > 1:
     torch.distributed.destroy_process_group()
@@ -735,7 +735,7 @@ def test_a_folder_that_is_renamed_meanwhile(tmp_path, monkeypatch, lost_at):
 
 
 SLOW = """
-import time
+import sys, time
 from datetime import timedelta
 from accelerate import Accelerator, InitProcessGroupKwargs
 from kdfast.errors import UserError
@@ -748,11 +748,12 @@ def fail():
     time.sleep(4)
     raise UserError("slow")
 
-print(on_main(accelerator, lambda: time.sleep(4) or "done", patient=True))
+# Whole lines at once: unbuffered, print writes line ends apart, and processes mix.
+sys.stdout.write(on_main(accelerator, lambda: time.sleep(4) or "done\\n", patient=True))
 try:
     on_main(accelerator, fail, patient=True)
 except UserError as error:
-    print(error)
+    sys.stdout.write(f"{error}\\n")
 """
 
 

@@ -40,7 +40,7 @@ for arguments in ({}, gradient_sharing(True, accumulates=False).to_kwargs()):
     assert wrapped.gradient_as_bucket_view == bool(arguments)
 for one, other in zip(*found, strict=True):
     assert torch.equal(one, other) and one.abs().sum() > 0
-print("equal on", rank)
+sys.stdout.write(f"equal on {rank}\\n")
 distributed.destroy_process_group()
 """
 
@@ -85,7 +85,7 @@ sys.argv = sys.argv[1:] and [script, *sys.argv[1:]]
 try:
     runpy.run_path(script, run_name="__main__")
 finally:
-    print("counts", json.dumps(epochs))
+    sys.stdout.write(f"counts {json.dumps(epochs)}\\n")
 """
 
 
