@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import UserError
-from kdfast.training.run_folder import write_atomic
+from kdfast.training.run_folder import write_at, write_atomic
 
 _GIB = 2**30
 # How much may be written before the disk is made to hold it.
@@ -175,7 +175,7 @@ class DiskRows:
         with writing(self.folder):
             for field, file, tensor in zip(self.fields, self._files, answer, strict=False):
                 rows = field.kept(tensor).cpu().reshape(-1).view(torch.uint8).numpy()
-                _write_at(file, memoryview(rows), first * field.nbytes)
+                write_at(file, memoryview(rows), first * field.nbytes)
         self._pending.append((first, first + len(answer[0])))
         self._unsynced += len(answer[0]) * self.row_bytes
         if self._unsynced >= _COMMIT_BYTES:
@@ -190,7 +190,7 @@ class DiskRows:
             for file in data:
                 os.fsync(file)
             for first, end in self._pending:
-                _write_at(flags, memoryview(bytes([1]) * (end - first)), first)
+                write_at(flags, memoryview(bytes([1]) * (end - first)), first)
                 self.done[first:end] = 1
             os.fsync(flags)
         self._pending, self._unsynced = [], 0
@@ -258,9 +258,3 @@ def writing(folder: Path) -> Iterator[None]:
             f"cannot write teacher cache {folder}: {reason}{more}; give --teacher-cache another "
             "folder, on a disk that all processes share, or never"
         ) from None
-
-
-def _write_at(handle: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(handle, data, offset)
-        data, offset = data[written:], offset + written

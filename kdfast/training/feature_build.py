@@ -36,7 +36,7 @@ from kdfast.training.feature_cache import (
     sync,
 )
 from kdfast.training.options import batch_size
-from kdfast.training.run_folder import on_main
+from kdfast.training.run_folder import on_main, write_at
 from kdfast.training.setup import evaluation_transform, loader_settings
 from kdfast.training.tapped import Tapped
 
@@ -155,13 +155,13 @@ class Target:
                 f"{FIRST_IMAGES} images; add --feature-dtype bfloat16, or --features live"
             )
         rows = as_integers(stored.cpu().contiguous())
-        _write_at(self.file.fileno(), memoryview(rows).cast("B"), first * rows.strides[0])
+        write_at(self.file.fileno(), memoryview(rows).cast("B"), first * rows.strides[0])
         part = np.zeros(len(rows), COLUMNS)
         part["label"], part["top1"], part["top3"] = labels, flags[:, 0], flags[:, 1]
         part["crc32"] = row_checksums(rows)
         # By bytes, as the rows are: mapped pages that two nodes share would overwrite each other.
         start = self.columns_start + first * COLUMNS.itemsize
-        _write_at(self.columns.fileno(), memoryview(part.tobytes()), start)
+        write_at(self.columns.fileno(), memoryview(part.tobytes()), start)
 
     def end(self) -> None:
         """Have the disk hold what this process has written."""
@@ -215,12 +215,6 @@ def writing(folder: Path) -> Iterator[None]:
             f"cannot write a feature cache in {folder}: {error.strerror or error}; give another "
             "--feature-dir, on a disk that all processes share, or --features live"
         ) from None
-
-
-def _write_at(handle: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(handle, data, offset)
-        data, offset = data[written:], offset + written
 
 
 def build(

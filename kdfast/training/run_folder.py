@@ -75,6 +75,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise _not_written(path, error) from None
 
 
+def write_at(handle: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at byte `offset` of an open file, whose position stays."""
+    while data:
+        written = os.pwrite(handle, data, offset)
+        data, offset = data[written:], offset + written
+
+
 def _not_written(path: Path, error: OSError) -> UserError:
     reason = error.strerror or error
     return UserError(f"cannot write {path}: {reason}; what was saved before is intact")
