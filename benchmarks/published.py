@@ -8,6 +8,7 @@ are read after every step. Each keeps the teacher as its authors did.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -53,7 +54,7 @@ class Images(Dataset):
         return image, label, index, np.concatenate([[index], drawn])
 
 
-class Loop:
+class Loop(ABC):
     """Student, teacher and optimizer; `epoch(steps)` trains so many steps.
 
     `layers` are watched in both networks by their `act` or module outputs, in order.
@@ -70,8 +71,10 @@ class Loop:
         negatives: int = 0,
     ):
         self.device = device
-        self.student = copy.deepcopy(student).to(device).train()
-        self.teacher = copy.deepcopy(teacher).to(device).eval()
+        # Ours may lie in NHWC order, which convolutions would follow.
+        layout = torch.contiguous_format
+        self.student = copy.deepcopy(student).to(device, memory_format=layout).train()
+        self.teacher = copy.deepcopy(teacher).to(device, memory_format=layout).eval()
         self.seen = _watch(self.student, layers[0]), _watch(self.teacher, layers[1])
         self.loader = DataLoader(
             Images(data.train, data, negatives),
@@ -97,8 +100,9 @@ class Loop:
         with torch.no_grad():
             return self.teacher(images)
 
+    @abstractmethod
     def loss(self, logits: Tensor, taught: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The loss of a batch; `more` are what the loader gives beside images and labels."""
 
     def step(self, images: Tensor, labels: Tensor, *more: Tensor) -> None:
         taught = self.ask(images)
@@ -116,7 +120,8 @@ class AttentionTransfer(Loop):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.teacher.train()
+        # Ours is frozen; here its weights ask for gradients, so that every pass builds a graph.
+        self.teacher.train().requires_grad_(True)
 
     def ask(self, images: Tensor) -> Tensor:
         return self.teacher(images)

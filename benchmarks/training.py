@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--rows", nargs="+", choices=ALL, default=ALL, metavar="ROW")
     parser.add_argument("--output", type=Path, help="JSON lines; the table goes to the same .md")
-    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 15")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--compile", action="store_true", help="ours with --torchcompile")
     parser.add_argument("--profile", action="store_true", help="only say where the time goes")
     parser.add_argument("--peak", nargs=2, metavar=("ROW", "FORM"), help=argparse.SUPPRESS)
