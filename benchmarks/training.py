@@ -177,7 +177,7 @@ def table(results: list[dict]) -> str:
         goal += f": {'met' if result['met'] else '**missed**'}"
         lines.append(
             {
-                "step": result["what"],
+                "step": f"{result['row']}: {result['what']}",
                 "median (10th-90th percentile)": "; ".join(forms),
                 "ratio": f"{over} / {under} = {result['ratio']:.2f}",
                 "goal": goal if result["goal"] else "",
