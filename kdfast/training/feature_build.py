@@ -167,7 +167,12 @@ class Target:
         """Have the disk hold what this process has written."""
         for file in (self.file, self.columns):
             os.fsync(file.fileno())
-            file.close()
+        self.close()
+
+    def close(self) -> None:
+        for file in (self.file, self.columns):
+            if file is not None:
+                file.close()
 
     def complete(self) -> None:
         """Give the folder, whose rows are all written, its name."""
@@ -187,7 +192,8 @@ class Target:
             self.lock = None
 
     def discard(self) -> None:
-        """Remove what is there of the folder, while it is held."""
+        """Close the files; remove what is there of the folder, while it is held."""
+        self.close()
         if self.lock is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
             self.release()
@@ -242,7 +248,8 @@ def build(
         accelerator.wait_for_everyone()
         on_main(accelerator, lambda: _complete(targets), patient=True)
     finally:
-        for target in begun:
+        # Of the main process, and files that all opened.
+        for target in (*begun, *targets):
             target.discard()
     for target in targets:
         net, gib = target.net, bytes_of(target.record) / _GIB
