@@ -250,7 +250,7 @@ def test_printed_config_is_accepted(run_script, tmp_path, flags):
 )
 def test_real_processes(tmp_path, script, flags, code, word):
     command = [sys.executable, str(ROOT / script), *flags]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == code
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"{script[6:]}: error: ") and word in line

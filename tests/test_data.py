@@ -218,7 +218,7 @@ def test_a_process_ends_though_its_workers_wait_for_work():
     )
     command = [sys.executable, "-c", program]
     ended = subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=600
     )
     assert (ended.returncode, ended.stdout) == (0, "ready\n"), ended.stderr
 

@@ -735,12 +735,18 @@ def test_a_folder_that_is_renamed_meanwhile(tmp_path, monkeypatch, lost_at):
 
 
 SLOW = """
-import sys, time
+import os, sys, time
 from datetime import timedelta
+from pathlib import Path
 from accelerate import Accelerator, InitProcessGroupKwargs
 from kdfast.errors import UserError
 from kdfast.training.run_folder import on_main
 
+# Imports take as long as they like; from here on processes wait 2 s for each other.
+here = Path(sys.argv[0]).parent
+(here / f"rank{os.environ['RANK']}").touch()
+while not (here / "rank0").exists() or not (here / "rank1").exists():
+    time.sleep(0.01)
 waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=2))
 accelerator = Accelerator(cpu=True, kwargs_handlers=[waiting])
 

@@ -184,7 +184,7 @@ def test_two_processes(tmp_path, teacher_run, kept):
     words = [torchrun, "--nproc_per_node", 2, ROOT / SCRIPT, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=300
+        [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "run/results.json").read_text())

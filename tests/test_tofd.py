@@ -364,7 +364,7 @@ def test_processes_share_their_norms(tmp_path):
         subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)], env=own)
         for rank in range(2)
     ]
-    assert [run.wait(timeout=300) for run in runs] == [0, 0]
+    assert [run.wait(timeout=600) for run in runs] == [0, 0]
     for size in ROWS:
         method, term = shared_batch(slice(None), size)
         term.backward()
