@@ -2,6 +2,7 @@
 """Accuracy over seeds of declared experiments: the README's tables.
 
     python benchmarks/accuracy.py digits                every method, 5 seeds, about an hour
+    python benchmarks/accuracy.py digits-plain          a few without all that makes training fast
     python benchmarks/accuracy.py fashion-mnist         every method, 3 seeds, about an hour
 
 Runs land in OUTPUT/NAME; finished ones are not repeated, interrupted ones go on. Then
@@ -84,10 +85,20 @@ class Experiment:
         return f"{text} --resume auto --output {output} --experiment {name}"
 
 
+# Loader processes, images one by one, the teacher as it was trained, NCHW, eager losses.
+PLAIN = (
+    "--on-device never --no-fold-teacher --teacher-cache never --no-channels-last --ops reference"
+)
 FASHION = "--dataset fashion-mnist --recipe digits --hflip 0.5 --eval-limit 5000"
 MANY = f"{FASHION} --train-limit 20000"
 EXPERIMENTS = {
     "digits": Experiment("--no-baseline", 2, (0, 1, 2, 3, 4)),
+    "digits-plain": Experiment(
+        f"--no-baseline {PLAIN}",
+        2,
+        (0, 1, 2, 3, 4),
+        students=("kd", "at", "kd+at", "crd", "dih"),
+    ),
     # A student sees 3,000 images, its teacher has seen 20,000; all are scored on the same 5,000.
     "fashion-mnist": Experiment(
         f"{FASHION} --teacher cifar_resnet20 --model cifar_resnet8 --train-limit 3000 --epochs 3",

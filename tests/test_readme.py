@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 import shlex
 
@@ -75,6 +76,21 @@ def test_accuracies_are_those_of_the_committed_runs(name):
             text += f" ({float(row['gain_mean']):+.2f})"
         (line,) = (line for line in README.splitlines() if line.startswith(f"| {named(row)} |"))
         assert text in line
+
+
+def test_what_makes_training_fast_costs_no_accuracy():
+    """Within two standard errors of the same students trained without all of it, 5 seeds each."""
+    tables = {}
+    for name in ("digits", "digits-plain"):
+        with (ROOT / f"benchmarks/results/accuracy-{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        tables[name] = {row["method"]: row for row in rows if row["student"] == "cifar_resnet8"}
+    assert set(tables["digits-plain"]) == {"kd", "at", "kd+at", "crd", "dih"}
+    for method, plain in tables["digits-plain"].items():
+        fast = tables["digits"][method]
+        assert fast["seeds"] == plain["seeds"] == "0 1 2 3 4"
+        error = math.hypot(float(fast["last_std"]), float(plain["last_std"])) / math.sqrt(5)
+        assert abs(float(fast["last_mean"]) - float(plain["last_mean"])) <= 2 * error, method
 
 
 def test_generations_are_those_of_the_committed_run():
