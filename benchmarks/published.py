@@ -60,6 +60,8 @@ class Loop(ABC):
     `layers` are watched in both networks by their `act` or module outputs, in order.
     """
 
+    graph = False  # whether the teacher's passes build one, which no loss uses
+
     def __init__(
         self,
         student: nn.Module,
@@ -75,6 +77,7 @@ class Loop(ABC):
         layout = torch.contiguous_format
         self.student = copy.deepcopy(student).to(device, memory_format=layout).train()
         self.teacher = copy.deepcopy(teacher).to(device, memory_format=layout).eval()
+        self.teacher.requires_grad_(self.graph)
         self.seen = _watch(self.student, layers[0]), _watch(self.teacher, layers[1])
         self.loader = DataLoader(
             Images(data.train, data, negatives),
@@ -97,7 +100,7 @@ class Loop(ABC):
             yield [part.to(self.device) for part in batch]
 
     def ask(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.graph):
             return self.teacher(images)
 
     @abstractmethod
@@ -118,13 +121,11 @@ class Loop(ABC):
 class AttentionTransfer(Loop):
     """AT + KD of the ResNet-20/110 study: the teacher in training mode, and in the graph."""
 
+    graph = True
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # Ours is frozen; here its weights ask for gradients, so that every pass builds a graph.
-        self.teacher.train().requires_grad_(True)
-
-    def ask(self, images: Tensor) -> Tensor:
-        return self.teacher(images)
+        self.teacher.train()
 
     def loss(self, logits, taught, labels):
         return (
@@ -179,20 +180,21 @@ class Contrastive(Loop):
 
 
 class IntermediateHeads(Loop):
-    """DIH: each head is asked twice a batch, and its loss taken by itself."""
+    """DIH: teacher and heads in the graph, each head asked twice, its loss taken by itself."""
+
+    graph = True
 
     def __init__(self, *args, heads: list[nn.Module], **kwargs):
         super().__init__(*args, **kwargs)
         self.heads = [copy.deepcopy(head).to(self.device).eval() for head in heads]
 
     def loss(self, logits, taught, labels):
-        with torch.no_grad():
-            answers = [taught]
-            for head, feature in zip(self.heads, self.seen[1], strict=True):
-                head(feature)
-                answers.append(head(feature)[1])
+        answers = [taught]
+        for head, feature in zip(self.heads, self.seen[1], strict=True):
+            head(feature)
+            answers.append(head(feature)[1])
         return sum(
-            0.9 * F.cross_entropy(logits, labels) + 0.1 * soft_targets(logits, answer, 5)
+            0.9 * F.cross_entropy(logits, labels) + 0.1 * soft_targets(logits, answer.detach(), 5)
             for answer in answers
         )
 
