@@ -55,7 +55,7 @@ class Images(Dataset):
 
 
 class Loop(ABC):
-    """Student, teacher and optimizer; `epoch(steps)` trains so many steps.
+    """Student, teacher and optimizer; `step` trains on one of `batches()`.
 
     `layers` are watched in both networks by their `act` or module outputs, in order.
     """

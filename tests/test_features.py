@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -618,8 +620,13 @@ def test_a_map_has_no_axes_behind_it(tmp_path, dump):
 
 def test_dumps_that_are_refused(tmp_path, dump):
     def refuse(words: str, *nets: Tapped, folder: Path = dump) -> None:
-        with pytest.raises(UserError, match=words):
-            dumped(tmp_path, folder, *nets).loader("train")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always", ResourceWarning)
+            with pytest.raises(UserError, match=words):
+                dumped(tmp_path, folder, *nets).loader("train")
+            gc.collect()
+        left_open = [str(w.message) for w in seen if w.category is ResourceWarning]
+        assert not left_open
         assert not list((tmp_path / "features").glob("*")) and not list(tmp_path.glob("*/.*"))
 
     refuse(r"000000.pt is of no training image of class \d in network B", tapped("a", 0),

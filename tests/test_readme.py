@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
 import shlex
@@ -91,6 +92,19 @@ def test_what_makes_training_fast_costs_no_accuracy():
         assert fast["seeds"] == plain["seeds"] == "0 1 2 3 4"
         error = math.hypot(float(fast["last_std"]), float(plain["last_std"])) / math.sqrt(5)
         assert abs(float(fast["last_mean"]) - float(plain["last_mean"])) <= 2 * error, method
+
+
+def test_training_steps_are_those_of_the_committed_runs():
+    lines = (ROOT / "benchmarks/results/training-cpu.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "peak_mb" in row]
+    assert len(rows) == 4
+    for row in rows:
+        speed, peaks = row["images_per_second"]["kdfast"], row["peak_mb"]
+        figures = f"| {speed:.0f} | {row['ratio']:.2f}x | {peaks['kdfast']:.0f} MB, published "
+        teacher, student = row["what"].split(" -> ")
+        (line,) = (line for line in README.splitlines() if figures in line)
+        assert f"{teacher} teaches {student}" in line
+        assert line.endswith(f"{peaks['published loop']:,.0f} |")
 
 
 def test_generations_are_those_of_the_committed_run():
